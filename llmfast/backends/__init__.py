@@ -1,0 +1,138 @@
+"""A backend is a module with one `Op` for each operation it has; the first in ORDER that supports a problem runs it.
+
+`supports(*inputs, spec, extras)` returns None or the reason as a sentence, which serves the error, `explain`, test skips and
+the support table. Falling through is by order, never by `except`; a backend that the user named runs or raises.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
+from typing import Any, NamedTuple
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+OPERATIONS = ("attention", "softmax")
+
+
+class Op(NamedTuple):
+    """One operation of one backend. `backward` is None where only the forward exists."""
+
+    supports: Callable
+    forward: Callable
+    backward: Callable | None
+    rowdot: Callable | None = None  # attention: (o, do) -> rowsum(o * do)
+
+
+class Explanation(NamedTuple):
+    """Which backend runs a call, and why each other one does not."""
+
+    operation: str
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        head = f"{self.operation} runs on {self.chosen}" if self.chosen else f"no backend runs this {self.operation}"
+        return "\n".join([head, *(f"  {name}: {why or 'supported'}" for name, why in self.reasons.items())])
+
+
+class Explained(Exception):
+    """Raised in place of the kernel while `explain` listens."""
+
+
+_forced: ContextVar[str | None] = ContextVar("llmfast_backend", default=None)
+_explaining: ContextVar[bool] = ContextVar("llmfast_explaining", default=False)
+_warned: set[str] = set()
+_ops: dict[tuple[str, str], Op] = {}
+
+
+def op(operation: str, backend: str) -> Op:
+    """The Op of a backend; one that lacks the operation says so in `supports`."""
+    found = _ops.get((operation, backend))
+    if found is None:
+        module = import_module(f"{__name__}.{backend}")
+        found = getattr(module, operation, None) or Op(lambda *_: f"has no {operation}", None, None)
+        _ops[operation, backend] = found
+    return found
+
+
+def named(name: str | None) -> str | None:
+    """The backend asked for by name, by the call or by the `use_backend` around it."""
+    if name is None:
+        return _forced.get()
+    if name not in ORDER:
+        raise ValueError(f"backend is one of {', '.join(ORDER)}, not {name!r}")
+    return name
+
+
+def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = False) -> Op:
+    """The Op that runs a problem; inputs are its tensors, spec and extras."""
+    if _explaining.get():
+        raise Explained(_explain(operation, inputs, name, grad))
+    if name is None:
+        for backend in ORDER:
+            found = _ops.get((operation, backend)) or op(operation, backend)
+            if found.supports(*inputs) is None and not (grad and found.backward is None):
+                if backend == "reference":
+                    _warn(operation, inputs, grad)
+                return found
+    else:
+        found = op(operation, name)
+        if (why_not := _why_not(found, inputs, grad)) is None:
+            return found
+        others = {b: _why_not(op(operation, b), inputs, grad) for b in ORDER if b != name}
+        able = [b for b, why in others.items() if why is None]
+        raise NotImplementedError(
+            f"{operation} on {name}: {why_not}. "
+            + (f"Supported by: {', '.join(able)}" if able else "; ".join(f"{b}: {why}" for b, why in others.items()))
+        )
+    raise NotImplementedError(str(_explain(operation, inputs, None, grad)))
+
+
+def _why_not(found: Op, inputs: tuple, grad: bool) -> str | None:
+    return found.supports(*inputs) or ("has no backward yet" if grad and found.backward is None else None)
+
+
+def _explain(operation: str, inputs: tuple, name: str | None, grad: bool) -> Explanation:
+    reasons = {b: _why_not(op(operation, b), inputs, grad) for b in ORDER}
+    candidates = [name] if name else ORDER
+    return Explanation(operation, next((b for b in candidates if reasons[b] is None), None), reasons)
+
+
+def _warn(operation: str, inputs: tuple, grad: bool) -> None:
+    reasons = "; ".join(f"{b}: {_why_not(op(operation, b), inputs, grad)}" for b in ORDER[:-1])
+    if reasons not in _warned:
+        _warned.add(reasons)
+        warnings.warn(f"{operation} runs on the slow reference ({reasons})", stacklevel=6)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every llmfast call inside runs on this backend or raises NotImplementedError.
+
+    >>> with llmfast.use_backend("reference"):
+    ...     o = llmfast.attention(q, k, v)
+    """
+    token = _forced.set(named(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain(fn: Callable, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend `fn(*args, **kwargs)` would run on, and why each other one would not. Nothing is computed.
+
+    >>> print(llmfast.explain(llmfast.attention, q, k, v, causal=True))
+    attention runs on cpu
+      cuda: needs a CUDA tensor, got cpu
+      ...
+    """
+    token = _explaining.set(True)
+    try:
+        fn(*args, **kwargs)
+    except Explained as found:
+        return found.args[0]
+    finally:
+        _explaining.reset(token)
+    raise ValueError(f"{getattr(fn, '__name__', fn)} called no llmfast operation")

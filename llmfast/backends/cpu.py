@@ -1,0 +1,57 @@
+"""Binds csrc/cpu: SIMD kernels for every instruction set, chosen at run time (LLMFAST_ISA forces one)."""
+
+import os
+
+import torch
+
+from ..ops import like, lse_dtype
+from ..spec import NO_EXTRAS
+from . import Op
+
+try:
+    from .. import _cpu
+except ImportError as problem:
+    _cpu = None
+    _NOT_BUILT = f"llmfast._cpu is not built: run python setup.py build_ext --inplace ({problem})"
+
+if _cpu is not None and os.environ.get("LLMFAST_ISA"):
+    _cpu.select(os.environ["LLMFAST_ISA"])
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> str | None:
+    """None, or why this backend can't run on this machine."""
+    return _NOT_BUILT if _cpu is None else None
+
+
+def details() -> dict:
+    """What `llmfast.info()` shows of this backend."""
+    return {} if _cpu is None else {"instruction set": _cpu.isa(), "instruction sets": _cpu.supported()}
+
+
+def _attention_supports(q, k, v, spec, extras):
+    if _cpu is None:
+        return _NOT_BUILT
+    if not q.is_cpu:
+        return f"needs a CPU tensor, got {q.device}"
+    if q.dtype not in _DTYPES:
+        return f"dtype {str(q.dtype)[6:]} is not float32, bfloat16 or float16"
+    if extras is not NO_EXTRAS:
+        for name, t in zip(extras._fields, extras, strict=True):
+            if t is not None and name not in ("mask", "bias"):
+                return f"{name} is not supported yet"
+    if spec.softcap or spec.dropout_p:
+        return "softcap and dropout are not supported yet"
+    return None
+
+
+def _attention_forward(q, k, v, spec, extras, need_lse=True):
+    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
+    o = like(q, v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q)) if need_lse else None
+    _cpu.attention_forward(q, k, v, o, lse, spec, extras)
+    return o, lse
+
+
+attention = Op(_attention_supports, _attention_forward, None)

@@ -1,0 +1,536 @@
+"""The public functions: their arguments become an AttentionSpec and Extras, nothing else happens here."""
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .backends import reference
+from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, OPEN, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_autocast = torch.is_autocast_enabled
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
+    scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
+    return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """o = softmax(q k^T * scale) v, fused (FlashAttention-2, arXiv 2307.08691).
+
+    Args:
+        q: (B, H, Nq, D); float32, bfloat16, float16 or float64, any strides.
+        k, v: (B, Hk, Nk, D) and (B, Hk, Nk, Dv), Hk dividing H; q's dtype and device.
+        causal: True aligns the diagonal bottom-right (the last query sees every key), "top_left" as PyTorch does.
+        window: w sees w keys up to the diagonal with causal, |j - i| < w without; a pair is flash-attn's (left, right),
+            -1 open. Positions count from the bottom-right diagonal (the top-left one with causal="top_left").
+        scale: multiplies q k^T; 1 / sqrt(D) by default.
+        softcap: scores become softcap * tanh(scores / softcap); 0 turns it off.
+        mask: bool, broadcasts to (B, H, Nq, Nk); True = may attend.
+        bias: float, broadcasts to (B, H, Nq, Nk); added to the scores, -inf hides; differentiable.
+        alibi_slopes: (H,) or (B, H) float32; adds -slope * |i + Nk - Nq - j|.
+        sinks: (H,); one more logit in each row's denominator; differentiable.
+        dropout_p: in [0, 1]; Philox-4x32-10, the same elements on every backend.
+        seed: int or () int64 tensor; drawn from torch's generator on q's device by default.
+        return_lse: also return lse.
+        backend: one of llmfast.backends.ORDER; it runs there or raises.
+
+    Returns:
+        o (B, H, Nq, Dv) in q's dtype, its dimensions in memory in q's order; with return_lse also lse (B, H, Nq), the natural
+        log of each row's denominator, float32 (float64 for float64), differentiable. A row that sees no key gives o = 0,
+        lse = -inf and zero gradients.
+
+    Raises:
+        TypeError, ValueError: a wrong type; shapes, dtypes, devices or options that contradict each other.
+        NotImplementedError: the named backend can't do this case; the message says why.
+
+    >>> q, k, v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
+    >>> o = llmfast.attention(q, k, v, causal=True, window=256)
+    """
+    q, k, v, bias = _cast(q, k, v, bias)
+    H, Nq, Nk = _check_qkv(q, k, v)
+    left, right = OPEN, OPEN
+    if causal is not False or window is not None:
+        left, right = _band(causal, window, Nq, Nk)
+    spec = AttentionSpec(_scale(scale, q), left, right, *_numbers(softcap, dropout_p))
+    extras = NO_EXTRAS
+    if mask is not None or bias is not None or alibi_slopes is not None or sinks is not None or dropout_p:
+        shape = (q.shape[0], H, Nq, Nk)
+        extras = Extras(
+            mask=_check_mask(mask, shape, q),
+            bias=_check_bias(bias, shape, q),
+            alibi_slopes=_check_slopes(alibi_slopes, q.shape[0], q),
+            sinks=_check_sinks(sinks, q),
+            seed=_seed(seed, dropout_p, q),
+        )
+    o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
+    return (o, lse) if return_lse else o
+
+
+def scaled_dot_product_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+    is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """torch.nn.functional.scaled_dot_product_attention, the same meaning: causal is top-left, any leading dimensions.
+
+    Args:
+        query: (..., H, Nq, D) or (N, Nq, D) or (Nq, D); key and value likewise, leading dimensions broadcast.
+        attn_mask: bool (True = may attend) or float (added), broadcasts to (..., Nq, Nk).
+        enable_gqa: key and value may have fewer heads, a divisor of query's.
+
+    Raises:
+        ValueError: attn_mask together with is_causal, mismatched shapes or dtypes.
+
+    >>> o = llmfast.scaled_dot_product_attention(q, k, v, is_causal=True)
+    """
+    if attn_mask is not None:
+        if is_causal:
+            raise ValueError("attn_mask: give attn_mask or is_causal, not both")
+        _tensor(attn_mask, "attn_mask")
+    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+        return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    H, Hk = query.shape[1], key.shape[1]
+    if H != Hk and not enable_gqa and Hk != 1:
+        raise ValueError(f"key: has {Hk} heads and query {H}; enable_gqa=True shares each key head among H / Hk queries")
+    mask = bias = None
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    return attention(
+        query, key, value, causal="top_left" if is_causal else False, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p
+    )
+
+
+def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """Brings inputs of any rank, or with broadcast leading dimensions, to four dimensions and back."""
+    rank = max(query.dim(), key.dim(), value.dim())
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2:
+            raise ValueError(f"{name}: expected at least 2 dimensions (..., N, D), got shape {tuple(t.shape)}")
+    full = lambda t: t[(None,) * (max(rank, 4) - t.dim())]
+    if rank == 3:
+        full = lambda t: t[(None,) * (3 - t.dim())].unsqueeze(1)
+    q, k, v = full(query), full(key), full(value)
+    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    flat = lambda t: t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:])
+    mask = attn_mask
+    if mask is not None and rank != 4 and mask.dim() > 2:
+        mask = full(mask)
+        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+    o = scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, dropout_p, is_causal, scale, enable_gqa)
+    o = o.reshape(*lead, *o.shape[-3:])
+    return o.squeeze(1) if rank == 3 else o.reshape(o.shape[-rank:]) if rank < 4 else o
+
+
+def attention_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None, causal: bool = False, window: int | tuple[int, int] | None = None,
+    scale: float | None = None, softcap: float = 0.0, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    dropout_p: float = 0.0, seed: int | Tensor | None = None, return_lse: bool = False, backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention over packed sequences: sequence b is rows cu_seqlens_q[b]:cu_seqlens_q[b + 1] of q.
+
+    Args:
+        q: (Tq, H, D); k, v: (Tk, Hk, D) and (Tk, Hk, Dv).
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) int32, starting at 0; read by the kernel, never by the host.
+        max_seqlen_q, max_seqlen_k: accepted as flash-attn has them; not needed.
+        causal: bottom-right in each sequence. The rest as in `attention`.
+
+    Returns:
+        o (Tq, H, Dv); with return_lse also lse (H, Tq). Rows that no sequence covers are zero.
+
+    >>> cu = torch.tensor([0, 100, 164], dtype=torch.int32)
+    >>> o = llmfast.attention_varlen(q, k, v, cu, cu, causal=True)
+    """
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if _tensor(t, name).dim() != 3:
+            raise ValueError(f"{name}: expected (T, heads, D) of packed sequences, got shape {tuple(t.shape)}")
+    if causal == "top_left":
+        raise ValueError('causal: "top_left" has no meaning for packed sequences; True aligns each one bottom-right')
+    q, k, v, _ = _cast(q, k, v, None)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, D)
+    _check_qkv(q, k, v)
+    _check_lengths(cu_seqlens_q, "cu_seqlens_q", q)
+    _check_lengths(cu_seqlens_k, "cu_seqlens_k", q, cu_seqlens_q.shape[0])
+    extras = Extras(
+        alibi_slopes=_check_slopes(alibi_slopes, cu_seqlens_q.shape[0] - 1, q),
+        sinks=_check_sinks(sinks, q),
+        seed=_seed(seed, dropout_p, q),
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+    )
+    spec = AttentionSpec(_scale(scale, q), *_band(causal, window, 0, 0), *_numbers(softcap, dropout_p))
+    o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
+    o = o[0].transpose(0, 1)
+    return (o, lse[0]) if return_lse else o
+
+
+def attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens_k: Tensor, *, page_table: Tensor | None = None, causal: bool = True,
+    window: int | tuple[int, int] | None = None, scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None,
+    bias: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of a few new queries against a key-value cache, without gradient.
+
+    Args:
+        q: (B, H, Nq, D), the newest tokens.
+        k_cache, v_cache: (B, Hk, M, D), or pages (P, Hk, page, D) with page_table (B, pages) int32.
+        seqlens_k: (B,) int32: how many keys count, the new ones included; read by the kernel, never by the host.
+        causal: bottom-right: the last query sees seqlens_k keys. mask and bias broadcast to (B, H, Nq, M).
+
+    Returns:
+        o (B, H, Nq, Dv); with return_lse also lse (B, H, Nq). Keys from seqlens_k on never influence a result, NaN included.
+
+    >>> o = llmfast.attention_decode(q, k_cache, v_cache, torch.tensor([517], dtype=torch.int32))
+    """
+    if causal == "top_left":
+        raise ValueError('causal: "top_left" has no meaning for a cache; True aligns the last query with the last key')
+    if ops.needs_grad(q, k_cache, v_cache, bias, sinks):
+        raise ValueError("q: attention_decode has no gradient; use attention, or torch.no_grad()")
+    q, k, v, bias = _cast(q, k_cache, v_cache, bias)
+    H, Nq, Nk = _check_qkv(q, k, v, ("q", "k_cache", "v_cache"), paged=page_table is not None)
+    B = q.shape[0]
+    _check_lengths(seqlens_k, "seqlens_k", q, B)
+    if page_table is not None:
+        _tensor(page_table, "page_table")
+        if page_table.dim() != 2 or page_table.shape[0] != B or page_table.dtype != torch.int32:
+            raise ValueError(f"page_table: expected ({B}, pages) int32, got {_say(page_table)}")
+        _same_device(page_table, "page_table", q)
+        Nk *= page_table.shape[1]
+    extras = Extras(
+        mask=_check_mask(mask, (B, H, Nq, Nk), q),
+        bias=_check_bias(bias, (B, H, Nq, Nk), q),
+        alibi_slopes=_check_slopes(alibi_slopes, B, q),
+        sinks=_check_sinks(sinks, q),
+        seqlens_k=seqlens_k,
+        page_table=page_table,
+    )
+    spec = AttentionSpec(_scale(scale, q), *_band(causal, window, 0, 0), *_numbers(softcap, 0.0))
+    o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
+    return (o, lse) if return_lse else o
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, *, rows: Tensor | list[int] | None = None, top_k: int | None = None, causal: bool | str = False,
+    window: int | tuple[int, int] | None = None, scale: float | None = None, softcap: float = 0.0,
+    mask: Tensor | None = None, bias: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """The probabilities of `attention`, for looking at: one head at a time, only the rows asked for.
+
+    Args:
+        q: (B, H, Nq, D); k: (B, Hk, Nk, D). The options are attention's.
+        rows: query indices to look at; all by default.
+        top_k: keep only the largest of each row.
+
+    Returns:
+        (B, H, rows, Nk) in float32 or wider, rows summing to 1 (less with sinks, 0 where no key is seen); with top_k the pair
+        (values, indices), each (B, H, rows, top_k).
+
+    >>> p = llmfast.attention_weights(q, k, causal=True, rows=[0, 5])
+    """
+    q, k, _, bias = _cast(q, k, k, bias)
+    H, Nq, Nk = _check_qkv(q, k, k)
+    B = q.shape[0]
+    left, right = _band(causal, window, Nq, Nk)
+    rows = torch.arange(Nq, device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
+    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or (rows.numel() and not (-Nq <= rows.min() and rows.max() < Nq)):
+        raise ValueError(f"rows: expected query indices below {Nq}, got {_say(rows)}")
+    rows = rows % max(Nq, 1)
+    expand = lambda t: None if t is None else t.expand(B, H, Nq, Nk)
+    mask, bias = expand(_check_mask(mask, (B, H, Nq, Nk), q)), expand(_check_bias(bias, (B, H, Nq, Nk), q))
+    slopes, sinks = _check_slopes(alibi_slopes, B, q), _check_sinks(sinks, q)
+    spec = AttentionSpec(_scale(scale, q), OPEN, OPEN, *_numbers(softcap, 0.0))
+    distance = torch.arange(Nk, device=q.device) - rows[:, None] - (Nk - Nq)
+    band = (distance >= -left) & (distance <= right)  # (rows, Nk)
+    out = []
+    for h in range(H):
+        one = lambda t, h=h: None if t is None else t[:, h : h + 1, rows]
+        b = one(bias)
+        if slopes is not None:
+            alibi = -slopes[..., h].reshape(-1, 1, 1, 1) * distance.abs()
+            b = alibi if b is None else alibi + b
+        seen = band if mask is None else band & one(mask)
+        extras = Extras(mask=seen, bias=b, sinks=None if sinks is None else sinks[h : h + 1])
+        hk = h * k.shape[1] // H
+        p = reference.weights(q[:, h : h + 1, rows], k[:, hk : hk + 1], spec, extras)
+        out.append(p if top_k is None else p.topk(min(top_k, Nk), -1))
+    if top_k is not None:
+        return tuple(torch.cat([x[i] for x in out], 1) for i in (0, 1))
+    return torch.cat(out, 1)
+
+
+def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over two disjoint sets of keys from the results over each; differentiable.
+
+    Args:
+        o_a, o_b: (..., Nq, Dv); lse_a, lse_b: (..., Nq), as `attention(..., return_lse=True)` gives them. Sinks belong to one
+            of the two only.
+
+    >>> o, lse = llmfast.merge_attention(*attention(q, k1, v1, return_lse=True), *attention(q, k2, v2, return_lse=True))
+    """
+    for name, o, lse in (("o_a", o_a, lse_a), ("o_b", o_b, lse_b)):
+        if _tensor(o, name).shape[:-1] != _tensor(lse, f"lse{name[1:]}").shape:
+            raise ValueError(f"{name}: expected shape (*{tuple(lse.shape)}, Dv) to match its lse, got {tuple(o.shape)}")
+    if o_a.shape != o_b.shape:
+        raise ValueError(f"o_b: expected o_a's shape {tuple(o_a.shape)}, got {tuple(o_b.shape)}")
+    m = torch.maximum(lse_a, lse_b).detach()
+    m = m.masked_fill(m == float("-inf"), 0.0)
+    a, b = torch.exp(lse_a - m), torch.exp(lse_b - m)
+    l = a + b
+    empty = l == 0
+    l = l.masked_fill(empty, 1.0)
+    o = (o_a * a[..., None] + o_b * b[..., None]) / l[..., None]
+    return o.to(o_a.dtype), (torch.log(l) + m).masked_fill(empty, float("-inf"))
+
+
+def softmax(
+    x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
+    causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """softmax(scale * x + bias) over one dimension, hidden entries exactly 0.
+
+    Args:
+        x: any shape; float32, bfloat16, float16 or float64. Arithmetic is float32 or wider.
+        dim: the dimension that sums to 1.
+        mask: bool, broadcasts to x; True = counts.
+        bias: float, broadcasts to x; -inf hides; differentiable.
+        causal: column j of row i (the dimension before dim) counts when j <= i + N - M (True) or j <= i ("top_left").
+        out: where to write; may be x itself. Not with a gradient.
+
+    Returns:
+        x's shape and dtype. A row with nothing visible, or all -inf, gives zeros (PyTorch: NaN); a NaN spoils its row only.
+
+    >>> p = llmfast.softmax(scores, scale=0.125, causal=True)
+    """
+    return _softmax(x, dim, scale, mask, bias, causal, out, backend, False)
+
+
+def log_softmax(
+    x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
+    causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """log(softmax(scale * x + bias)); hidden entries and rows with nothing visible give -inf. Arguments as in `softmax`.
+
+    >>> logp = llmfast.log_softmax(logits)
+    """
+    return _softmax(x, dim, scale, mask, bias, causal, out, backend, True)
+
+
+def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
+    if _tensor(x, "x").dtype not in _FLOATS:
+        raise TypeError(f"x: expected a floating dtype of {_names(_FLOATS)}, got {x.dtype}")
+    if _autocast(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # PyTorch's autocast runs softmax in float32
+    rank = x.dim()
+    if not -max(rank, 1) <= dim < max(rank, 1):
+        raise IndexError(f"dim: expected one of the {rank} dimensions of x, got {dim}")
+    spec = SoftmaxSpec(_real(scale, "scale"), OPEN, log)
+    extras = NO_SOFTMAX_EXTRAS
+    if out is not None:
+        if _tensor(out, "out").shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(f"out: expected {_say(x)}, got {_say(out)}")
+        if ops.needs_grad(x, bias, out):
+            raise ValueError("out: can't be given where a gradient is needed")
+    if mask is not None or bias is not None:
+        extras = SoftmaxExtras(_check_mask(mask, x.shape, x), _check_bias(bias, x.shape, x))
+    move = (lambda t: t) if dim in (-1, rank - 1) else (lambda t: t.transpose(dim, -1))
+
+    def four(t):  # (L0, L1, M, N) with the softmax over N
+        if t is None:
+            return None
+        if t is not x and t is not out:
+            t = t.expand(x.shape) if rank > 4 else t[(None,) * (rank - t.dim())]
+        t = move(t)
+        return t.flatten(0, -4) if rank > 4 else t[(None,) * (4 - rank)]
+
+    if causal is not False:
+        if rank < 2:
+            raise ValueError("causal: x needs a dimension of rows before dim")
+        M, N = move(x).shape[-2:]
+        _, right = _band(causal, None, M, N)
+        spec = spec._replace(offset=right + N - M)
+    if rank == 4 and dim in (-1, 3):
+        return ops.softmax(x, out, spec, extras, backend)
+    target = None if out is None else four(out)
+    y = ops.softmax(four(x), target, spec, SoftmaxExtras(four(extras.mask), four(extras.bias)), backend)
+    if out is not None:
+        if target.data_ptr() != out.data_ptr():  # more than 4 dimensions that can't be flattened in place
+            out.copy_(move(y.reshape(move(x).shape)))
+        return out
+    return move(y.reshape(move(x).shape))
+
+
+# ---- checks: one exception for each kind of mistake, naming the argument
+
+
+def _say(t):
+    return f"{tuple(t.shape)} {str(t.dtype)[6:]} on {t.device}"
+
+
+def _names(dtypes):
+    return ", ".join(str(d)[6:] for d in dtypes)
+
+
+def _tensor(t, name):
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+    return t
+
+
+def _real(x, name):
+    if isinstance(x, (float, int, torch.SymFloat)) or isinstance(x, Real):
+        return float(x) if type(x) is not torch.SymFloat else x
+    raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
+
+
+def _same_device(t, name, q):
+    if t.device != q.device:
+        raise ValueError(f"{name}: is on {t.device} and q on {q.device}")
+
+
+def _cast(q, k, v, bias):
+    """Under autocast q, k, v and bias take its dtype, as in PyTorch's scaled_dot_product_attention."""
+    if not (isinstance(q, Tensor) and _autocast(q.device.type)):
+        return q, k, v, bias
+    dtype = torch.get_autocast_dtype(q.device.type)
+    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+    return cast(q), cast(k), cast(v), cast(bias)
+
+
+def _check_qkv(q, k, v, names=("q", "k", "v"), paged=False):
+    """Shapes, dtypes and devices of q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv): H, Nq, Nk."""
+    for name, t in zip(names, (q, k, v), strict=True):
+        if _tensor(t, name).dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, sequence, head dim), got shape {tuple(t.shape)}")
+    (B, H, Nq, D), (Bk, Hk, Nk, Dk), dtype = q.shape, k.shape, q.dtype
+    if v.shape[:3] != (Bk, Hk, Nk):
+        raise ValueError(f"{names[2]}: expected shape {(Bk, Hk, Nk, 'Dv')} to match {names[1]}, got {tuple(v.shape)}")
+    if Bk != B and not paged:
+        raise ValueError(f"{names[1]}: expected batch {B} as in {names[0]}, got shape {tuple(k.shape)}")
+    if Dk != D:
+        raise ValueError(f"{names[1]}: expected head dim {D} as in {names[0]}, got shape {tuple(k.shape)}")
+    if H != Hk and (Hk == 0 or H % Hk):
+        raise ValueError(f"{names[1]}: its heads must divide {names[0]}'s, got {Hk} and {H}")
+    if k.dtype is not dtype or v.dtype is not dtype:
+        raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"{names[0]}: expected a dtype of {_names(_FLOATS)}, got {dtype}")
+    if k.device != q.device or v.device != q.device:
+        raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one device, got {q.device}, {k.device}, {v.device}")
+    return H, Nq, Nk
+
+
+def _scale(scale, q):
+    return (q.shape[-1] or 1) ** -0.5 if scale is None else scale if type(scale) is float else _real(scale, "scale")
+
+
+def _numbers(softcap, dropout_p):
+    if softcap == 0.0 and dropout_p == 0.0:
+        return 0.0, 0.0
+    softcap, dropout_p = _real(softcap, "softcap"), _real(dropout_p, "dropout_p")
+    if not 0 <= softcap < float("inf"):
+        raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
+    return softcap, dropout_p
+
+
+def _band(causal, window, Nq, Nk):
+    """(left, right) about the bottom-right diagonal."""
+    if causal is not True and causal is not False and causal != "top_left":
+        raise ValueError(f'causal: expected True, False or "top_left", got {causal!r}')
+    left, right = OPEN, 0 if causal else OPEN
+    if window is not None:
+        if isinstance(window, (tuple, list)):
+            if len(window) != 2 or not all(isinstance(w, int) for w in window):
+                raise ValueError(f"window: expected (left, right) integers, got {window!r}")
+            left, wr = (OPEN if w < 0 else min(w, OPEN) for w in window)
+            right = min(right, wr)
+        elif isinstance(window, int) and not isinstance(window, bool):
+            if window < 1:
+                raise ValueError(f"window: expected at least 1 key, got {window}")
+            left = min(window - 1, OPEN)
+            right = min(right, left)
+        else:
+            raise TypeError(f"window: expected an int or a pair of ints, got {type(window).__name__}")
+    if causal == "top_left":  # from the top-left diagonal to the bottom-right one
+        left, right = (left if left == OPEN else left + Nk - Nq), right + Nq - Nk
+    return left, right
+
+
+def _check_broadcast(t, name, shape, q):
+    if t.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(shape), strict=False)):
+        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to {tuple(shape)}")
+    _same_device(t, name, q)
+    return t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t
+
+
+def _check_mask(mask, shape, q):
+    if mask is None:
+        return None
+    if _tensor(mask, "mask").dtype is not torch.bool:
+        raise TypeError(f"mask: expected bool, True = may attend, got {mask.dtype}; a float mask is given as bias")
+    return _check_broadcast(mask, "mask", shape, q)
+
+
+def _check_bias(bias, shape, q):
+    if bias is None:
+        return None
+    if _tensor(bias, "bias").dtype not in _FLOATS:
+        raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}; a bool mask is given as mask")
+    return _check_broadcast(bias, "bias", shape, q)
+
+
+def _check_slopes(slopes, B, q):
+    if slopes is None:
+        return None
+    if _tensor(slopes, "alibi_slopes").dtype is not torch.float32:
+        raise TypeError(f"alibi_slopes: expected float32, got {slopes.dtype}")
+    if tuple(slopes.shape) not in ((q.shape[1],), (B, q.shape[1])):
+        raise ValueError(f"alibi_slopes: expected ({q.shape[1]},) or ({B}, {q.shape[1]}), got shape {tuple(slopes.shape)}")
+    if slopes.requires_grad and torch.is_grad_enabled():
+        raise ValueError("alibi_slopes: has no gradient; give the differentiable term as bias, or detach it")
+    _same_device(slopes, "alibi_slopes", q)
+    return slopes
+
+
+def _check_sinks(sinks, q):
+    if sinks is None:
+        return None
+    if _tensor(sinks, "sinks").dtype not in _FLOATS:
+        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+    if tuple(sinks.shape) != (q.shape[1],):
+        raise ValueError(f"sinks: expected ({q.shape[1]},), one for each head, got shape {tuple(sinks.shape)}")
+    _same_device(sinks, "sinks", q)
+    return sinks
+
+
+def _check_lengths(t, name, q, size=None):
+    if _tensor(t, name).dtype is not torch.int32:
+        raise TypeError(f"{name}: expected int32, got {t.dtype}")
+    if t.dim() != 1 or (t.shape[0] != size if size is not None else t.shape[0] < 1):
+        raise ValueError(f"{name}: expected shape ({'B + 1' if size is None else size},), got {tuple(t.shape)}")
+    _same_device(t, name, q)
+
+
+def _seed(seed, dropout_p, q):
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed: expected 64 bits, got {seed}")
+        return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=q.device)
+    if _tensor(seed, "seed").dtype is not torch.int64 or seed.numel() != 1:
+        raise ValueError(f"seed: expected one int64, got {_say(seed)}")
+    _same_device(seed, "seed", q)
+    return seed.reshape(())
+
+

@@ -1,0 +1,259 @@
+"""The operations as PyTorch sees them: a direct path for eager calls, registered operators for everything else.
+
+An eager call on plain tensors goes straight to the backend's kernel, inside an autograd.Function when a gradient is needed:
+4 to 10 us. Under torch.compile, vmap, FakeTensor, meta and the like the call goes through torch.ops.llmfast.*, which has a
+fake implementation and autograd; a raw-pointer call on such tensors would crash the process.
+"""
+
+import torch
+from torch import Tensor
+
+from .backends import ORDER, named, pick, reference
+from .spec import NO_EXTRAS, AttentionSpec, Extras, Grads, SoftmaxExtras, SoftmaxSpec, schema
+
+_compiling = torch.compiler.is_compiling
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private: without them every call takes the operator
+_functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_grad_enabled = torch.is_grad_enabled
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """True when raw pointers may be taken: eager, no modes, ordinary CPU or CUDA tensors."""
+    if _compiling() or _dispatch_modes is None or _functorch_level is None:
+        return False
+    if _dispatch_modes() or _functorch_level() is not None:
+        return False
+    for t in tensors:
+        if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
+            return False
+    return True
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return _grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# ---- attention
+
+
+def attention(q, k, v, spec: AttentionSpec, extras: Extras, backend: str | None, return_lse: bool):
+    """(o, lse); lse is None or empty unless return_lse or a gradient asks for it."""
+    backend = named(backend)
+    if extras is NO_EXTRAS:
+        eager, grad = plain(q, k, v), _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    else:
+        eager, grad = plain(q, k, v, *extras), needs_grad(q, k, v, *extras)
+    if eager:
+        found = pick("attention", (q, k, v, spec, extras), backend, grad)
+        if grad:
+            return _Attention.apply(q, k, v, extras.bias, extras.sinks, spec, extras, found, backend)
+        return found.forward(q, k, v, spec, extras, return_lse)
+    code = ORDER.index(backend) if backend else -1
+    return torch.ops.llmfast.attention_fwd(q, k, v, *spec, *extras, code, return_lse or grad)
+
+
+def attention_backward(grads, q, k, v, o, lse, spec, extras, backend):
+    """Gradients of (o, lse) to (q, k, v, bias, sinks): the one place where delta = rowsum(o * do) - dlse is made."""
+    do, dlse = grads
+    inputs = (q, k, v, extras.bias, extras.sinks)
+    if _grad_enabled():  # double backward: recompute in differentiable operations, N x N matrices and all
+        with torch.enable_grad():
+            o, lse = reference.forward(q, k, v, spec, extras)
+            wanted = [t for t in inputs if t is not None and t.requires_grad]
+            outputs = [(y, g) for y, g in ((o, do), (lse, dlse)) if g is not None]
+            found = _grad(outputs, wanted)
+        return Grads(*(next(found) if t is not None and t.requires_grad else None for t in inputs))
+    if do is None:
+        do = torch.zeros_like(o)
+    if do.dtype != q.dtype:
+        do = do.to(q.dtype)
+    if plain(do, q, k, v, o, lse):
+        found = pick("attention", (q, k, v, spec, extras), backend, True)
+        delta = found.rowdot(o, do)
+        return found.backward(do, q, k, v, o, lse, delta if dlse is None else delta - dlse, spec, extras)
+    delta = reference.rowdot(o, do)
+    code = ORDER.index(backend) if backend else -1
+    g = torch.ops.llmfast.attention_bwd(do, q, k, v, o, lse, delta if dlse is None else delta - dlse, *spec, *extras, code)
+    return Grads(*g[:3], None if extras.bias is None else g[3], None if extras.sinks is None else g[4])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, bias, sinks, spec, extras, found, backend):
+        o, lse = found.forward(q, k, v, spec, extras, True)
+        ctx.save_for_backward(q, k, v, o, lse, *extras)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, *extras = ctx.saved_tensors
+        return *attention_backward((do, dlse), q, k, v, o, lse, ctx.spec, Extras(*extras), ctx.backend), *(None,) * 4
+
+
+_lib = torch.library.Library("llmfast", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_problem = f"{schema(AttentionSpec)}, {schema(Extras)}, int backend"
+_lib.define(f"attention_fwd(Tensor q, Tensor k, Tensor v, {_problem}, bool need_lse) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(
+    f"attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor delta, {_problem}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+_SPEC, _EXTRAS = len(AttentionSpec._fields), len(Extras._fields)
+
+
+def _split(rest):
+    """spec, extras, backend name and what follows from an operator's flat arguments."""
+    spec, extras = AttentionSpec(*rest[:_SPEC]), Extras(*rest[_SPEC : _SPEC + _EXTRAS])
+    code, *more = rest[_SPEC + _EXTRAS :]
+    return spec, extras, None if code < 0 else ORDER[code], *more
+
+
+def like(q: Tensor, Dv: int) -> Tensor:
+    """An empty o (B, H, Nq, Dv) that keeps the order of q's dimensions in memory."""
+    if q.shape[-1] == Dv:
+        return torch.empty_like(q)
+    order = sorted(range(3), key=lambda i: (-q.stride(i), i))  # outermost first
+    o = q.new_empty(*(q.shape[i] for i in order), Dv)
+    return o.permute(*(order.index(i) for i in range(3)), 3)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _fwd(q, k, v, *rest):
+    spec, extras, backend, need_lse = _split(rest)
+    o, lse = pick("attention", (q, k, v, spec, extras), backend).forward(q, k, v, spec, extras, need_lse)
+    return o, q.new_empty(0, dtype=lse_dtype(q)) if lse is None else lse
+
+
+def _fwd_fake(q, k, v, *rest):
+    lse = q.new_empty(q.shape[:3] if rest[-1] else (0,), dtype=lse_dtype(q))
+    return like(q, v.shape[-1]), lse
+
+
+def _bwd(do, q, k, v, o, lse, delta, *rest):
+    spec, extras, backend = _split(rest)
+    g = pick("attention", (q, k, v, spec, extras), backend, True).backward(do, q, k, v, o, lse, delta, spec, extras)
+    return tuple(q.new_empty(0) if t is None else t for t in g)
+
+
+def _bwd_fake(do, q, k, v, o, lse, delta, *rest):
+    _, extras, _ = _split(rest)
+    small = (q.new_empty(0) if t is None else torch.empty_like(t) for t in (extras.bias, extras.sinks))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), *small
+
+
+def _fwd_setup(ctx, inputs, output):
+    q, k, v, *rest = inputs
+    ctx.spec, extras, ctx.backend, _ = _split(rest)
+    ctx.save_for_backward(q, k, v, *output, *extras)
+    ctx.set_materialize_grads(False)
+
+
+def _fwd_grad(ctx, do, dlse):
+    q, k, v, o, lse, *extras = ctx.saved_tensors
+    extras = Extras(*extras)
+    g = attention_backward((do, dlse), q, k, v, o, lse, ctx.spec, extras, ctx.backend)
+    tensors = Extras(bias=g.dbias, sinks=g.dsinks)
+    return g.dq, g.dk, g.dv, *(None,) * _SPEC, *tensors, None, None
+
+
+def _grad(outputs, inputs):
+    ys, gs = zip(*outputs, strict=True)
+    return iter(torch.autograd.grad(ys, inputs, gs, create_graph=True, allow_unused=True))
+
+
+_lib.impl("attention_fwd", _fwd, "CompositeExplicitAutograd")
+_lib.impl("attention_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("llmfast::attention_fwd", _fwd_fake, lib=_lib)
+torch.library.register_fake("llmfast::attention_bwd", _bwd_fake, lib=_lib)
+torch.library.register_autograd("llmfast::attention_fwd", _fwd_grad, setup_context=_fwd_setup, lib=_lib)
+
+
+# ---- softmax
+
+
+def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | None):
+    backend = named(backend)
+    grad = needs_grad(x, *extras)
+    if plain(x, out, *extras):
+        found = pick("softmax", (x, spec, extras), backend, grad)
+        if grad:
+            return _Softmax.apply(x, extras.bias, spec, extras, found, backend)
+        return found.forward(x, out, spec, extras)
+    code = ORDER.index(backend) if backend else -1
+    y = torch.ops.llmfast.softmax_fwd(x, *spec, *extras, code)
+    return y if out is None else out.copy_(y)
+
+
+def softmax_backward(dy, y, spec, extras, backend):
+    if _grad_enabled():
+        return reference.softmax_backward(dy, y, spec, extras)
+    if plain(dy, y):
+        return pick("softmax", (y, spec, extras), backend, True).backward(dy, y, spec, extras)
+    dx, dbias = torch.ops.llmfast.softmax_bwd(dy, y, *spec, *extras, ORDER.index(backend) if backend else -1)
+    return dx, None if extras.bias is None else dbias
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, spec, extras, found, backend):
+        y = found.forward(x, None, spec, extras)
+        ctx.save_for_backward(y, *extras)
+        ctx.spec, ctx.backend = spec, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        y, *extras = ctx.saved_tensors
+        return *softmax_backward(dy, y, ctx.spec, SoftmaxExtras(*extras), ctx.backend), *(None,) * 4
+
+
+_softmax_problem = f"{schema(SoftmaxSpec)}, {schema(SoftmaxExtras)}, int backend"
+_lib.define(f"softmax_fwd(Tensor x, {_softmax_problem}) -> Tensor", tags=_tags)
+_lib.define(f"softmax_bwd(Tensor dy, Tensor y, {_softmax_problem}) -> (Tensor, Tensor)", tags=_tags)
+_SSPEC = len(SoftmaxSpec._fields)
+
+
+def _softmax_split(rest):
+    return SoftmaxSpec(*rest[:_SSPEC]), SoftmaxExtras(*rest[_SSPEC:-1]), None if rest[-1] < 0 else ORDER[rest[-1]]
+
+
+def _softmax_fwd(x, *rest):
+    spec, extras, backend = _softmax_split(rest)
+    return pick("softmax", (x, spec, extras), backend).forward(x, None, spec, extras)
+
+
+def _softmax_bwd(dy, y, *rest):
+    spec, extras, backend = _softmax_split(rest)
+    dx, dbias = pick("softmax", (y, spec, extras), backend, True).backward(dy, y, spec, extras)
+    return dx, y.new_empty(0) if dbias is None else dbias
+
+
+def _softmax_setup(ctx, inputs, output):
+    ctx.spec, extras, ctx.backend = _softmax_split(inputs[1:])
+    ctx.save_for_backward(output, *extras)
+
+
+def _softmax_grad(ctx, dy):
+    y, *extras = ctx.saved_tensors
+    dx, dbias = softmax_backward(dy, y, ctx.spec, SoftmaxExtras(*extras), ctx.backend)
+    return dx, *(None,) * _SSPEC, *SoftmaxExtras(bias=dbias), None
+
+
+_lib.impl("softmax_fwd", _softmax_fwd, "CompositeExplicitAutograd")
+_lib.impl("softmax_bwd", _softmax_bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("llmfast::softmax_fwd", lambda x, *_: torch.empty_like(x), lib=_lib)
+torch.library.register_fake(
+    "llmfast::softmax_bwd",
+    lambda dy, y, *rest: (
+        torch.empty_like(y),
+        y.new_empty(0) if rest[-2] is None else torch.empty_like(rest[-2]),
+    ),
+    lib=_lib,
+)
+torch.library.register_autograd("llmfast::softmax_fwd", _softmax_grad, setup_context=_softmax_setup, lib=_lib)

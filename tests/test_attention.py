@@ -1,0 +1,80 @@
+"""Every backend on every row of the case table, against float64 by the rule of llmfast.cases."""
+
+import random
+
+import pytest
+import torch
+
+import llmfast
+from llmfast import backends, cases
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def sampled(names, keep):
+    """Rows of (name, dtype): float32 for every name, the other dtypes for a seeded sample in the short tier."""
+    draw = random.Random(0)
+    for name in names:
+        for dtype in DTYPES:
+            short = dtype == "fp32" or draw.random() < keep
+            yield pytest.param(name, dtype, marks=[] if short else pytest.mark.long, id=f"{name}-{dtype}")
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+@pytest.mark.parametrize(("name", "dtype"), list(sampled(cases.CASES, 0.35)))
+def test_agrees_with_float64(name, dtype, backend):
+    p = cases.problem(cases.CASES[name], DTYPES[dtype], device=device_of(backend))
+    assert cases.disagreements(p, run_or_skip(p, backend)) == []
+
+
+def device_of(backend):
+    return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+
+
+def run_or_skip(p, backend):
+    """The result; forward alone where the backend has no backward; a skip with the backend's own reason."""
+    try:
+        return cases.run(p, backend)
+    except NotImplementedError as reason:
+        if "has no backward" not in str(reason):
+            pytest.skip(str(reason))
+    try:
+        return cases.run(p._replace(do=None, dlse=None), backend)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_batch_invariant(backend):
+    """The bits of a (sequence, head) don't depend on the others, on the batch or on the run."""
+    p = cases.problem(cases.Case(3, 4, 4, 70, 90, 32, 32, dict(causal=True)), torch.float32, device=device_of(backend))
+    whole = run_or_skip(p, backend)
+    again = run_or_skip(p, backend)
+    one = run_or_skip(cases.Problem(*(t[1:2, 2:3].clone() for t in p[:3]), p.options, p.do[1:2, 2:3].clone(), None), backend)
+    assert torch.equal(whole.o, again.o)
+    assert torch.equal(whole.o[1:2, 2:3], one.o)
+    assert torch.equal(whole.lse[1:2, 2:3], one.lse)
+    for name, g in one.grads.items():
+        assert torch.equal(whole.grads[name][1:2, 2:3], g), name
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_nan_stays_in_its_sequence(backend):
+    p = cases.problem(cases.Case(2, 2, 2, 70, 70, 32, 32, {}), torch.float32, device=device_of(backend))
+    clean = run_or_skip(p, backend)
+    for t in p[:3]:
+        t[0, 0, 3] = float("nan")
+    spoiled = run_or_skip(p, backend)
+    assert spoiled.o[0, 0, 3].isnan().all()
+    assert torch.equal(spoiled.o[1], clean.o[1])
+    assert torch.equal(spoiled.o[0, 1], clean.o[0, 1])
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_merge_of_two_halves(backend):
+    p = cases.problem(cases.Case(1, 2, 2, 70, 128, 32, 32, {}), torch.float32, device=device_of(backend))._replace(do=None)
+    q, k, v = p[:3]
+    run_or_skip(p, backend)
+    half = lambda s: llmfast.attention(q, k[:, :, s], v[:, :, s], return_lse=True, backend=backend)
+    o, lse = llmfast.merge_attention(*half(slice(0, 50)), *half(slice(50, None)))
+    assert cases.disagreements(p, cases.Result(o, lse, {})) == []

@@ -1,0 +1,67 @@
+"""Every backend on every softmax case, against float64 by the rule of llmfast.cases."""
+
+import pytest
+import torch
+from test_attention import DTYPES, device_of, sampled
+
+import llmfast
+from llmfast import backends, cases
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+@pytest.mark.parametrize(("name", "dtype"), list(sampled(cases.SOFTMAX_CASES, 0.5)))
+def test_agrees_with_float64(name, dtype, backend):
+    x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[name], DTYPES[dtype], device=device_of(backend))
+    got = run_or_skip(x, options, dy, backend)
+    assert cases.softmax_disagreements(x, options, dy, got) == []
+
+
+def run_or_skip(x, options, dy, backend):
+    try:
+        return cases.run_softmax(x, options, dy, backend)
+    except NotImplementedError as reason:
+        if "has no backward" not in str(reason):
+            pytest.skip(str(reason))
+    try:
+        return cases.run_softmax(x, options, None, backend)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_properties(backend):
+    x = torch.randn(40, 333, device=device_of(backend)) * 3
+    mask = torch.rand(40, 333, device=x.device) > 0.5
+    run_or_skip(x, {"mask": mask}, None, backend)
+    p = llmfast.softmax(x, mask=mask, backend=backend)
+    torch.testing.assert_close(p.sum(-1), torch.ones_like(p[:, 0]))
+    assert (p[~mask] == 0).all()
+    y = llmfast.softmax(x, backend=backend)
+    torch.testing.assert_close(llmfast.softmax(x + 5, backend=backend), y, atol=1e-6, rtol=2e-5)
+    assert torch.equal(y.argsort(-1), x.argsort(-1))
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_rows_of_infinities_and_nan(backend):
+    x = torch.randn(4, 100, device=device_of(backend))
+    x[0] = float("-inf")
+    x[1, 5] = float("nan")
+    run_or_skip(x, {}, None, backend)
+    y = llmfast.softmax(x, backend=backend)
+    assert (y[0] == 0).all()
+    assert y[1].isnan().all()
+    assert torch.equal(y[2:], llmfast.softmax(x[2:], backend=backend))
+    assert (llmfast.log_softmax(x, backend=backend)[0] == float("-inf")).all()
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_out(backend):
+    x = torch.randn(3, 40, 70, device=device_of(backend))
+    run_or_skip(x, {}, None, backend)
+    for dim in (-1, 0, 1):
+        want, out = llmfast.softmax(x, dim, backend=backend), torch.full_like(x, float("nan"))
+        assert llmfast.softmax(x, dim, out=out, backend=backend) is out
+        assert torch.equal(out, want)
+        inplace = x.clone()
+        llmfast.softmax(inplace, dim, out=inplace, backend=backend)
+        assert torch.equal(inplace, want)
