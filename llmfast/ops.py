@@ -11,6 +11,8 @@ from torch import Tensor
 from .backends import ORDER, named, pick, reference
 from .spec import NO_EXTRAS, AttentionSpec, Extras, Grads, SoftmaxExtras, SoftmaxSpec, schema
 
+DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
+
 _compiling = torch.compiler.is_compiling
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private: without them every call takes the operator
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
@@ -47,9 +49,15 @@ def attention(q, k, v, spec: AttentionSpec, extras: Extras, backend: str | None,
         found = pick("attention", (q, k, v, spec, extras), backend, grad)
         if grad:
             return _Attention.apply(q, k, v, extras.bias, extras.sinks, spec, extras, found, backend)
-        return found.forward(q, k, v, spec, extras, return_lse)
+        return _inference(found, q, extras, spec)(q, k, v, spec, extras, return_lse)
     code = ORDER.index(backend) if backend else -1
     return torch.ops.llmfast.attention_fwd(q, k, v, *spec, *extras, code, return_lse or grad)
+
+
+def _inference(found, q, extras, spec):
+    """The decode kernel for few queries, the forward otherwise."""
+    few = q.shape[2] <= DECODE_QUERIES and extras.cu_seqlens_q is None and not spec.dropout_p
+    return found.decode if few and found.decode is not None else found.forward
 
 
 def attention_backward(grads, q, k, v, o, lse, spec, extras, backend):
@@ -126,7 +134,9 @@ def lse_dtype(q: Tensor) -> torch.dtype:
 
 def _fwd(q, k, v, *rest):
     spec, extras, backend, need_lse = _split(rest)
-    o, lse = pick("attention", (q, k, v, spec, extras), backend).forward(q, k, v, spec, extras, need_lse)
+    found = pick("attention", (q, k, v, spec, extras), backend)
+    forward = found.forward if need_lse else _inference(found, q, extras, spec)
+    o, lse = forward(q, k, v, spec, extras, need_lse)
     return o, q.new_empty(0, dtype=lse_dtype(q)) if lse is None else lse
 
 

@@ -22,6 +22,7 @@ class Op(NamedTuple):
     forward: Callable
     backward: Callable | None
     rowdot: Callable | None = None  # attention: (o, do) -> rowsum(o * do)
+    decode: Callable | None = None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
 
 
 class Explanation(NamedTuple):
