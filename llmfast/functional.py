@@ -325,8 +325,8 @@ def log_softmax(
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
     if _tensor(x, "x").dtype not in _FLOATS:
         raise TypeError(f"x: expected a floating dtype of {_names(_FLOATS)}, got {x.dtype}")
-    if _autocast(x.device.type) and x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()  # PyTorch's autocast runs softmax in float32
+    if x.is_cuda and _autocast("cuda") and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # as PyTorch's autocast does on CUDA, not on CPU
     rank = x.dim()
     if not -max(rank, 1) <= dim < max(rank, 1):
         raise IndexError(f"dim: expected one of the {rank} dimensions of x, got {dim}")
@@ -396,7 +396,7 @@ def _same_device(t, name, q):
 
 def _cast(q, k, v, bias):
     """Under autocast q, k, v and bias take its dtype, as in PyTorch's scaled_dot_product_attention."""
-    if not (isinstance(q, Tensor) and _autocast(q.device.type)):
+    if not (isinstance(q, Tensor) and ((q.is_cpu and _autocast("cpu")) or (q.is_cuda and _autocast("cuda")))):
         return q, k, v, bias
     dtype = torch.get_autocast_dtype(q.device.type)
     cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t

@@ -8,7 +8,7 @@ fake implementation and autograd; a raw-pointer call on such tensors would crash
 import torch
 from torch import Tensor
 
-from .backends import ORDER, named, pick, reference
+from .backends import ORDER, check_name, forced, pick, reference
 from .spec import NO_EXTRAS, AttentionSpec, Extras, Grads, SoftmaxExtras, SoftmaxSpec, schema
 
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
@@ -40,7 +40,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def attention(q, k, v, spec: AttentionSpec, extras: Extras, backend: str | None, return_lse: bool):
     """(o, lse); lse is None or empty unless return_lse or a gradient asks for it."""
-    backend = named(backend)
+    check_name(backend)
     if extras is NO_EXTRAS:
         eager, grad = plain(q, k, v), _grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     else:
@@ -51,7 +51,9 @@ def attention(q, k, v, spec: AttentionSpec, extras: Extras, backend: str | None,
             return _Attention.apply(q, k, v, extras.bias, extras.sinks, spec, extras, found, backend)
         return _inference(found, q, extras, spec)(q, k, v, spec, extras, return_lse)
     code = ORDER.index(backend) if backend else -1
-    return torch.ops.llmfast.attention_fwd(q, k, v, *spec, *extras, code, return_lse or grad)
+    transformed = grad and not _compiling() and _functorch_level is not None and _functorch_level() is not None
+    call = _Transformed.apply if transformed else torch.ops.llmfast.attention_fwd
+    return call(q, k, v, *spec, *extras, code, return_lse or grad)
 
 
 def _inference(found, q, extras, spec):
@@ -63,25 +65,18 @@ def _inference(found, q, extras, spec):
 def attention_backward(grads, q, k, v, o, lse, spec, extras, backend):
     """Gradients of (o, lse) to (q, k, v, bias, sinks): the one place where delta = rowsum(o * do) - dlse is made."""
     do, dlse = grads
-    inputs = (q, k, v, extras.bias, extras.sinks)
-    if _grad_enabled():  # double backward: recompute in differentiable operations, N x N matrices and all
-        with torch.enable_grad():
-            o, lse = reference.forward(q, k, v, spec, extras)
-            wanted = [t for t in inputs if t is not None and t.requires_grad]
-            outputs = [(y, g) for y, g in ((o, do), (lse, dlse)) if g is not None]
-            found = _grad(outputs, wanted)
-        return Grads(*(next(found) if t is not None and t.requires_grad else None for t in inputs))
     if do is None:
         do = torch.zeros_like(o)
     if do.dtype != q.dtype:
         do = do.to(q.dtype)
+    delta = lambda rowdot: rowdot(o, do) if dlse is None else rowdot(o, do) - dlse
+    if _grad_enabled():  # double backward: the formula in differentiable operations, N x N matrices and all
+        return reference.backward(do, q, k, v, o, lse, delta(reference.rowdot), spec, extras)
     if plain(do, q, k, v, o, lse):
         found = pick("attention", (q, k, v, spec, extras), backend, True)
-        delta = found.rowdot(o, do)
-        return found.backward(do, q, k, v, o, lse, delta if dlse is None else delta - dlse, spec, extras)
-    delta = reference.rowdot(o, do)
+        return found.backward(do, q, k, v, o, lse, delta(found.rowdot), spec, extras)
     code = ORDER.index(backend) if backend else -1
-    g = torch.ops.llmfast.attention_bwd(do, q, k, v, o, lse, delta if dlse is None else delta - dlse, *spec, *extras, code)
+    g = torch.ops.llmfast.attention_bwd(do, q, k, v, o, lse, delta(reference.rowdot), *spec, *extras, code)
     return Grads(*g[:3], None if extras.bias is None else g[3], None if extras.sinks is None else g[4])
 
 
@@ -90,7 +85,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, sinks, spec, extras, found, backend):
         o, lse = found.forward(q, k, v, spec, extras, True)
         ctx.save_for_backward(q, k, v, o, lse, *extras)
-        ctx.spec, ctx.backend = spec, backend
+        ctx.spec, ctx.backend = spec, backend or forced()  # the backward runs outside of use_backend
         ctx.set_materialize_grads(False)
         return o, lse
 
@@ -159,7 +154,8 @@ def _bwd_fake(do, q, k, v, o, lse, delta, *rest):
 
 def _fwd_setup(ctx, inputs, output):
     q, k, v, *rest = inputs
-    ctx.spec, extras, ctx.backend, _ = _split(rest)
+    ctx.spec, extras, backend, _ = _split(rest)
+    ctx.backend = backend or forced()
     ctx.save_for_backward(q, k, v, *output, *extras)
     ctx.set_materialize_grads(False)
 
@@ -172,9 +168,37 @@ def _fwd_grad(ctx, do, dlse):
     return g.dq, g.dk, g.dv, *(None,) * _SPEC, *tensors, None, None
 
 
-def _grad(outputs, inputs):
-    ys, gs = zip(*outputs, strict=True)
-    return iter(torch.autograd.grad(ys, inputs, gs, create_graph=True, allow_unused=True))
+class _Transformed(torch.autograd.Function):
+    """The operator with its gradient under torch.func transforms, which register_autograd doesn't serve."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.llmfast.attention_fwd(*args)
+
+    setup_context = staticmethod(_fwd_setup)
+    backward = staticmethod(_fwd_grad)
+
+
+def _vmap(operator, first):
+    """A vmap rule: the new dimension joins the batch where that changes nothing else, otherwise a loop.
+
+    `first` is the number of leading tensors that have a batch dimension of their own (q, k, v or do ... delta).
+    """
+
+    def rule(info, in_dims, *args):
+        n = info.batch_size
+        front = [a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        if all(t is None for t in args[first + _SPEC : first + _SPEC + _EXTRAS]):
+            fold = [(t.expand(n, *t.shape) if d is None else t).flatten(0, 1) for t, d in zip(front[:first], in_dims[:first], strict=True)]
+            outputs = operator(*fold, *args[first:])
+            batched = [o.dim() >= 3 and o.shape[0] == fold[0].shape[0] for o in outputs]
+            return tuple(o.unflatten(0, (n, -1)) if y else o for o, y in zip(outputs, batched, strict=True)), tuple(0 if y else None for y in batched)
+        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
+        return tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0,) * len(rows[0])
+
+    return rule
 
 
 _lib.impl("attention_fwd", _fwd, "CompositeExplicitAutograd")
@@ -182,13 +206,15 @@ _lib.impl("attention_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("llmfast::attention_fwd", _fwd_fake, lib=_lib)
 torch.library.register_fake("llmfast::attention_bwd", _bwd_fake, lib=_lib)
 torch.library.register_autograd("llmfast::attention_fwd", _fwd_grad, setup_context=_fwd_setup, lib=_lib)
+torch.library.register_vmap("llmfast::attention_fwd", _vmap(torch.ops.llmfast.attention_fwd, 3), lib=_lib)
+torch.library.register_vmap("llmfast::attention_bwd", _vmap(torch.ops.llmfast.attention_bwd, 7), lib=_lib)
 
 
 # ---- softmax
 
 
 def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | None):
-    backend = named(backend)
+    check_name(backend)
     grad = needs_grad(x, *extras)
     if plain(x, out, *extras):
         found = pick("softmax", (x, spec, extras), backend, grad)
@@ -196,7 +222,8 @@ def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | Non
             return _Softmax.apply(x, extras.bias, spec, extras, found, backend)
         return found.forward(x, out, spec, extras)
     code = ORDER.index(backend) if backend else -1
-    y = torch.ops.llmfast.softmax_fwd(x, *spec, *extras, code)
+    transformed = grad and not _compiling() and _functorch_level is not None and _functorch_level() is not None
+    y = (_TransformedSoftmax.apply if transformed else torch.ops.llmfast.softmax_fwd)(x, *spec, *extras, code)
     return y if out is None else out.copy_(y)
 
 
@@ -214,7 +241,7 @@ class _Softmax(torch.autograd.Function):
     def forward(ctx, x, bias, spec, extras, found, backend):
         y = found.forward(x, None, spec, extras)
         ctx.save_for_backward(y, *extras)
-        ctx.spec, ctx.backend = spec, backend
+        ctx.spec, ctx.backend = spec, backend or forced()
         return y
 
     @staticmethod
@@ -255,6 +282,35 @@ def _softmax_grad(ctx, dy):
     return dx, *(None,) * _SSPEC, *SoftmaxExtras(bias=dbias), None
 
 
+class _TransformedSoftmax(torch.autograd.Function):
+    """The softmax operator with its gradient under torch.func transforms."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.llmfast.softmax_fwd(*args)
+
+    setup_context = staticmethod(_softmax_setup)
+    backward = staticmethod(_softmax_grad)
+
+
+def _softmax_vmap(operator, first):
+    """The new dimension joins L0 where there is no mask or bias, otherwise a loop."""
+
+    def rule(info, in_dims, *args):
+        n = info.batch_size
+        front = [a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        if args[-3] is None and args[-2] is None:
+            fold = [(t.expand(n, *t.shape) if d is None else t).flatten(0, 1) for t, d in zip(front[:first], in_dims[:first], strict=True)]
+            y = operator(*fold, *args[first:])
+            return (y.unflatten(0, (n, -1)), 0) if first == 1 else ((y[0].unflatten(0, (n, -1)), y[1]), (0, None))
+        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
+        return (torch.stack(rows), 0) if first == 1 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
+
+    return rule
+
+
 _lib.impl("softmax_fwd", _softmax_fwd, "CompositeExplicitAutograd")
 _lib.impl("softmax_bwd", _softmax_bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("llmfast::softmax_fwd", lambda x, *_: torch.empty_like(x), lib=_lib)
@@ -267,3 +323,5 @@ torch.library.register_fake(
     lib=_lib,
 )
 torch.library.register_autograd("llmfast::softmax_fwd", _softmax_grad, setup_context=_softmax_setup, lib=_lib)
+torch.library.register_vmap("llmfast::softmax_fwd", _softmax_vmap(torch.ops.llmfast.softmax_fwd, 1), lib=_lib)
+torch.library.register_vmap("llmfast::softmax_bwd", _softmax_vmap(torch.ops.llmfast.softmax_bwd, 2), lib=_lib)

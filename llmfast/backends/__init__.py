@@ -57,17 +57,20 @@ def op(operation: str, backend: str) -> Op:
     return found
 
 
-def named(name: str | None) -> str | None:
-    """The backend asked for by name, by the call or by the `use_backend` around it."""
-    if name is None:
-        return _forced.get()
-    if name not in ORDER:
-        raise ValueError(f"backend is one of {', '.join(ORDER)}, not {name!r}")
+def check_name(name: str | None) -> str | None:
+    if name is not None and name not in ORDER:
+        raise ValueError(f"backend: expected one of {', '.join(ORDER)}, got {name!r}")
     return name
+
+
+def forced() -> str | None:
+    """The backend of the `use_backend` around this call."""
+    return _forced.get()
 
 
 def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = False) -> Op:
     """The Op that runs a problem; inputs are its tensors, spec and extras."""
+    name = name or _forced.get()
     if _explaining.get():
         raise Explained(_explain(operation, inputs, name, grad))
     if name is None:
@@ -114,7 +117,7 @@ def use_backend(name: str) -> Iterator[None]:
     >>> with llmfast.use_backend("reference"):
     ...     o = llmfast.attention(q, k, v)
     """
-    token = _forced.set(named(name))
+    token = _forced.set(check_name(name))
     try:
         yield
     finally:
