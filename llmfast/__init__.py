@@ -21,6 +21,7 @@ from .functional import (
     softmax,
 )
 from .environment import info
+from .hf import enable_hf
 from .spec import AttentionSpec, Extras
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "attention_weights",
+    "enable_hf",
     "explain",
     "info",
     "log_softmax",

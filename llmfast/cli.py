@@ -2,8 +2,9 @@
 
 import argparse
 import json
+import sys
 
-from . import info
+from . import backends, check, info
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -11,8 +12,14 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what this machine has and which backends can run")
     command.add_argument("--json", action="store_true", help="as JSON")
+    command = commands.add_parser("check", help="the case table on this machine, and what each backend supports")
+    command.add_argument("--backend", choices=backends.ORDER, action="append", help="only this one; may be repeated")
+    command.add_argument("--markdown", action="store_true", help="print the support table as the README has it")
     chosen = parser.parse_args(arguments)
-    show_info(chosen.json)
+    if chosen.command == "info":
+        show_info(chosen.json)
+    else:
+        sys.exit(show_check(chosen.backend or backends.ORDER, chosen.markdown))
 
 
 def show_info(as_json: bool) -> None:
@@ -27,3 +34,28 @@ def show_info(as_json: bool) -> None:
         print(f"{'backend':13s} {name}: {why or 'available'}")
     for key, value in environment.items():
         print(f"{'environment':13s} {key}={value}")
+
+
+def show_check(names, as_markdown: bool) -> int:
+    """Runs the case table; the number of wrong results, at most 100."""
+    names, failed = list(names), []
+
+    def one(case, dtype, backend):
+        try:
+            return check.check_case(case, dtype, backend)
+        except RuntimeError as problem:
+            failed.append(str(problem))
+            return "no"
+
+    rows = check.support_table(one, names)
+    if as_markdown:
+        print(check.markdown(rows))
+    else:
+        widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
+        for row in rows:
+            print("".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+    for problem in failed:
+        print("WRONG:", problem, file=sys.stderr)
+    if not as_markdown:
+        print(f"{len(failed)} wrong" if failed else "everything that ran agrees with float64")
+    return min(len(failed), 100)
