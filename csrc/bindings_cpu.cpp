@@ -79,6 +79,7 @@ PYBIND11_MODULE(_cpu, m) {
     if (!found) throw std::invalid_argument("LLMFAST_ISA=" + name + ": this machine runs " + cpu::supported());
     kernels = found;
   });
+  m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
   m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse,
                                 const py::tuple& s, const py::tuple& e) {
     AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};

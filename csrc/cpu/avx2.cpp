@@ -1,8 +1,4 @@
 #define LLMFAST_ISA avx2
 #define LLMFAST_LANES 8
-#include "cpu/simd.h"
-#include "cpu/attention_forward.inl"
-
-namespace llmfast::cpu {
-const Kernels kAvx2 = {"avx2", avx2::attention_forward};
-}
+#define LLMFAST_TABLE kAvx2
+#include "cpu/kernels.inl"

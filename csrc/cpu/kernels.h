@@ -7,6 +7,7 @@ namespace llmfast::cpu {
 struct Kernels {
   const char* name;
   void (*attention_forward)(const AttentionForward&);
+  double (*peak)(Dtype);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;

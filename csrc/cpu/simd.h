@@ -3,6 +3,7 @@
 // standard library is called, so no inline copy of it compiled for AVX-512 can be linked into a baseline path.
 #pragma once
 #include <omp.h>
+#include <time.h>
 
 #include <cstdint>
 #include <cstdlib>

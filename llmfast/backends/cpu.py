@@ -30,6 +30,11 @@ def details() -> dict:
     return {} if _cpu is None else {"instruction set": _cpu.isa(), "instruction sets": _cpu.supported()}
 
 
+def peak(dtype: str) -> float:
+    """FLOP/s that one core reaches on registers alone, in float32, bfloat16, float16 or float64."""
+    return _cpu.peak(("float32", "bfloat16", "float16", "float64").index(dtype))
+
+
 def _attention_supports(q, k, v, spec, extras):
     if _cpu is None:
         return _NOT_BUILT

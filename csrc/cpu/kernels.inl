@@ -1,0 +1,16 @@
+// Everything one instruction set has, gathered in its table.
+#include "cpu/simd.h"
+
+#include "cpu/attention_forward.inl"
+#include "cpu/peak.inl"
+
+#define LLMFAST_NAME_(x) #x
+#define LLMFAST_NAME(x) LLMFAST_NAME_(x)
+
+namespace llmfast::cpu {
+const Kernels LLMFAST_TABLE = {
+    LLMFAST_NAME(LLMFAST_ISA),
+    LLMFAST_ISA::attention_forward,
+    LLMFAST_ISA::peak,
+};
+}  // namespace llmfast::cpu
