@@ -104,6 +104,14 @@ def truth(shape, tensors):
     return call("eager", shape._replace(dtype="float64"), tensors)()
 
 
+def agreement(dtypes):
+    """For each shape the lowest cosine between a sentence's embeddings with PyTorch's attention and with llmfast."""
+    for shape in shapes("cpu", dtypes=tuple(dtypes)):
+        tensors = inputs(shape, "cpu")
+        theirs, ours = (call(provider, shape, tensors)() for provider in ("sdpa", "llmfast"))
+        yield str(shape), (theirs.double() * ours.double()).sum(-1).min().item()
+
+
 def work(shape):
     return shape.sentences, "sentences/s"
 
