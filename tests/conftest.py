@@ -1,13 +1,13 @@
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-if "TRITON_INTERPRET" not in os.environ:
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # decided when triton.language is imported: before any test module
 
 import pytest
+import torch
+
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # decided when triton.language is imported: before any test module
 
 
 def pytest_addoption(parser):
@@ -23,3 +23,35 @@ def pytest_collection_modifyitems(config, items):
         deselected = [i for i in items if i.get_closest_marker("long")]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [i for i in items if not i.get_closest_marker("long")]
+
+
+def right_bf16():
+    """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds to nearest."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def to_float32(bits):
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def cast_impl(self, src, dst_type):
+        pair = src.dtype.scalar, dst_type.scalar
+        if pair == (tl.bfloat16, tl.float32):
+            return TensorHandle(to_float32(src.data), tl.float32)
+        if pair == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.array(src.data, np.float32)).bfloat16().view(torch.uint16).numpy()
+            return TensorHandle(rounded.reshape(src.data.shape), tl.bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar != tl.bfloat16:
+            return dot(self, a, b, d, *rest)
+        return TensorHandle(np.matmul(to_float32(a.data), to_float32(b.data)) + d.data, d.dtype.scalar)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+    right_bf16()

@@ -23,6 +23,7 @@ class Op(NamedTuple):
     backward: Callable | None
     rowdot: Callable | None = None  # attention: (o, do) -> rowsum(o * do)
     decode: Callable | None = None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
+    only_named: Callable | None = None  # supports' arguments: None, or why the backend must be asked for by its name
 
 
 class Explanation(NamedTuple):
@@ -76,15 +77,15 @@ def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = Fa
     if name is None:
         for backend in ORDER:
             found = _ops.get((operation, backend)) or op(operation, backend)
-            if found.supports(*inputs) is None and not (grad and found.backward is None):
+            if _why_not(found, inputs, grad, named=False) is None:
                 if backend == "reference":
                     _warn(operation, inputs, grad)
                 return found
     else:
         found = op(operation, name)
-        if (why_not := _why_not(found, inputs, grad)) is None:
+        if (why_not := _why_not(found, inputs, grad, named=True)) is None:
             return found
-        others = {b: _why_not(op(operation, b), inputs, grad) for b in ORDER if b != name}
+        others = {b: _why_not(op(operation, b), inputs, grad, named=False) for b in ORDER if b != name}
         able = [b for b, why in others.items() if why is None]
         raise NotImplementedError(
             f"{operation} on {name}: {why_not}. "
@@ -93,18 +94,22 @@ def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = Fa
     raise NotImplementedError(str(_explain(operation, inputs, None, grad)))
 
 
-def _why_not(found: Op, inputs: tuple, grad: bool) -> str | None:
-    return found.supports(*inputs) or ("has no backward yet" if grad and found.backward is None else None)
+def _why_not(found: Op, inputs: tuple, grad: bool, named: bool) -> str | None:
+    if (reason := found.supports(*inputs)) is not None:
+        return reason
+    if grad and found.backward is None:
+        return "has no backward yet"
+    return None if named or found.only_named is None else found.only_named(*inputs)
 
 
 def _explain(operation: str, inputs: tuple, name: str | None, grad: bool) -> Explanation:
-    reasons = {b: _why_not(op(operation, b), inputs, grad) for b in ORDER}
+    reasons = {b: _why_not(op(operation, b), inputs, grad, named=b == name) for b in ORDER}
     candidates = [name] if name else ORDER
     return Explanation(operation, next((b for b in candidates if reasons[b] is None), None), reasons)
 
 
 def _warn(operation: str, inputs: tuple, grad: bool) -> None:
-    reasons = "; ".join(f"{b}: {_why_not(op(operation, b), inputs, grad)}" for b in ORDER[:-1])
+    reasons = "; ".join(f"{b}: {_why_not(op(operation, b), inputs, grad, named=False)}" for b in ORDER[:-1])
     if reasons not in _warned:
         _warned.add(reasons)
         warnings.warn(f"{operation} runs on the slow reference ({reasons})", stacklevel=6)

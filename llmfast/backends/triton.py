@@ -1,6 +1,59 @@
 """Binds kernels/: Triton, on any GPU it knows; on CPU tensors only in its interpreter (TRITON_INTERPRET=1) and when named."""
 
+import os
+from contextlib import nullcontext
+from importlib.util import find_spec
+
+import torch
+
+from . import Op
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides once, at import
+_MISSING = None if find_spec("triton") else "triton is not installed"
+
 
 def available() -> str | None:
     """None, or why this backend can't run on this machine."""
-    return "has no kernels yet"
+    return _MISSING or (None if _INTERPRET or torch.cuda.is_available() else "needs a GPU, or TRITON_INTERPRET=1 and its name")
+
+
+def _refuses(t):
+    """Why no kernel takes this tensor, or None."""
+    if _MISSING:
+        return _MISSING
+    if not t.is_cuda and not (_INTERPRET and t.is_cpu):
+        return f"needs a GPU tensor, got {t.device}"
+    if t.dtype not in _DTYPES:
+        return f"dtype {str(t.dtype)[6:]} is not float32, bfloat16 or float16"
+    return None
+
+
+def _only_named(t, *_):
+    return None if t.is_cuda else "the interpreter runs only when backend='triton' is named"
+
+
+def _on(t):
+    """Launches inside go to the tensor's GPU, whatever the current one is."""
+    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _softmax_supports(x, spec, extras):
+    return _refuses(x)
+
+
+def _softmax_forward(x, out, spec, extras):
+    from ..kernels import softmax as kernels
+
+    with _on(x):
+        return kernels.forward(x, out, spec, extras)
+
+
+def _softmax_backward(dy, y, spec, extras):
+    from ..kernels import softmax as kernels
+
+    with _on(y):
+        return kernels.backward(dy, y, spec, extras)
+
+
+softmax = Op(_softmax_supports, _softmax_forward, _softmax_backward, only_named=_only_named)
