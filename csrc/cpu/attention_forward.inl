@@ -1,91 +1,116 @@
 // Attention forward, o = softmax(scale q k^T) v, flash form with SIMD lanes over queries.
 //
-// One task is kRows = 64 queries of one (batch, head). q is transposed once; k is broadcast element by element straight from
+// One task is kRows = 64 queries of one (sequence, head). q is transposed once; k is broadcast element by element straight from
 // memory, so it is never packed; maxima, sums and rescaling are vertical. |scale| * log2(e) enters with the exponential as one
 // fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96: with D = 64, S 24 KiB + Q 16 + O 16 stay in L2.
+// Where the machine has bf16 dot products, the unit of the two products is a pair: of head dims in q k^T, of keys in p v (p packed
+// over S, v interleaved block by block). Other half precision, and pages, are copied block by block to scratch.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_fwd {
 
 constexpr int kRows = 64, kKeys = 96, kStrip = 16;
-constexpr int kVectors = kRows / kLanes;               // vectors across the queries of a block
-constexpr int kTileV = kLanes == 16 ? 4 : 2;           // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
+constexpr int kTileV = kLanes == 16 ? 4 : 2;  // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
+#ifdef __FMA__
+constexpr int64_t kChunk = 64;  // head dims summed in one accumulator: as accurate as a BLAS
+#else
+constexpr int64_t kChunk = 16;  // each product is rounded too
+#endif
 
-// Rows [i0, i0 + nq) of one sequence of one head.
-struct Task {
-  int64_t sequence, i0, weight;
-};
+template <class T>
+constexpr bool kPairs = std::is_same_v<T, bf16> && kDotBf16;
+template <class T>  // what one step of a product takes of q, k, p or v
+using unit = std::conditional_t<kPairs<T>, int32_t, compute<T>>;
 
 template <class T>
 struct Block {
-  const T *q, *k, *v;
+  const AttentionForward& a;
+  Sequence seq;
+  Rows<T> k, v;
+  const T* q;
   T* o;
-  void* lse;
-  int64_t sqn, skn, svn, son, slse, skd, svd;
-  int64_t Nq, Nk, D, Dv, i0, nq;
-  int64_t b, h;
+  compute<T>* lse;
+  int64_t h, i0, nq, D, Dv, offset;  // queries [i0, i0 + nq); key j lies offset = Nk - Nq right of query j
+  bool adjusts;                      // S holds finished scores; otherwise q k^T still to be scaled
 };
 
+template <class T>
 struct Workspace {
-  float *qt, *s, *o, *k, *v;  // (D, 64), (96, 64), (Dv, 64), (96, D), (96, Dv)
-  alignas(64) float m[kRows], l[kRows], alpha[kRows];
+  using C = compute<T>;
+  unit<T>*qt, *v;  // (D, 64) and (96, Dv), in units
+  T* k_copy;       // bf16 pairs that can't be read in place: (96, D)
+  C *k, *s, *o, *tile;  // (96, D), (96, 64), (Dv, 64), (16, 64)
+  alignas(64) C m[kRows], l[kRows], alpha[kRows];
 };
+
+template <class U>
+LLMFAST_INLINE U read(const char* p, int64_t i) {
+  U x;
+  __builtin_memcpy(&x, p + i * sizeof(U), sizeof(U));
+  return x;
+}
+template <class C>
+LLMFAST_INLINE vec_of<C> multiply_add(vec_of<C> acc, C x, vec_of<C> y) {
+  return acc + splat(x) * y;
+}
+template <class C>
+LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
+  return dot(acc, splat(x), y);
+}
 
 // S[r][v] = sum over d of k[r][d] * qt[d][v]: R keys x V vectors of queries
-template <int R, int V>
-LLMFAST_INLINE void scores(const float* qt, const float* k, int64_t sk, int64_t D, float* s) {
-  vec acc[R][V];
-  LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec{};
-  for (int64_t d = 0; d < D; d++) {
-    vec q[V];
-    LLMFAST_UNROLL for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * kLanes);
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
-      vec x = splat(k[r * sk + d]);
-      LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] += x * q[v];
+template <int R, int V, class C, class U>
+LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units, C* s) {
+  constexpr int L = kLanesOf<C>;
+  for (int64_t d0 = 0; d0 == 0 || d0 < units; d0 += kChunk) {
+    vec_of<C> acc[R][V];
+    LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
+    for (int64_t d = d0; d < min(units, d0 + kChunk); d++) {
+      decltype(load(qt)) q[V];
+      LLMFAST_UNROLL for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
+      LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+        U x = read<U>(k + r * sk, d);
+        LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, q[v]);
+      }
+    }
+    LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) {
+      C* at = s + r * kRows + v * L;
+      store(at, d0 ? load(at) + acc[r][v] : acc[r][v]);
     }
   }
-  LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int v = 0; v < V; v++) store(s + r * kRows + v * kLanes, acc[r][v]);
 }
 
 // O[r][v] = O[r][v] * alpha[v] + sum over j of v[j][r] * P[j][v]: R head dims x V vectors of queries
-template <int R, int V>
-LLMFAST_INLINE void accumulate(const float* p, const float* v, int64_t sv, int64_t n, float* o, const float* alpha) {
-  vec acc[R][V];
+template <int R, int V, class C, class U>
+LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t units, C* o, const C* alpha) {
+  constexpr int L = kLanesOf<C>;
+  vec_of<C> acc[R][V];
   LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * kLanes) * load(alpha + x * kLanes);
-  for (int64_t j = 0; j < n; j++) {
-    vec w[V];
-    LLMFAST_UNROLL for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * kLanes);
+      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * L) * load(alpha + x * L);
+  for (int64_t j = 0; j < units; j++) {
+    decltype(load(p)) w[V];
+    LLMFAST_UNROLL for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * L);
     LLMFAST_UNROLL for (int r = 0; r < R; r++) {
-      vec y = splat(v[j * sv + r]);
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] += y * w[x];
+      U y = read<U>(v + j * sv, r);
+      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] = multiply_add<C>(acc[r][x], y, w[x]);
     }
   }
   LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) store(o + r * kRows + x * kLanes, acc[r][x]);
+      LLMFAST_UNROLL for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
 }
 
-template <int V>
-LLMFAST_INLINE void scores_rows(const float* qt, const float* k, int64_t sk, int64_t D, float* s, int64_t n) {
-  constexpr int R = V == 1 ? 16 : V == 2 && kTileV == 4 ? 12 : V == 3 ? 8 : kTileR;
-  int64_t j = 0;
-  for (; j + R <= n; j += R) scores<R, V>(qt, k + j * sk, sk, D, s + j * kRows);
-  for (; j + 2 <= n; j += 2) scores<2, V>(qt, k + j * sk, sk, D, s + j * kRows);
-  if (j < n) scores<1, V>(qt, k + j * sk, sk, D, s + j * kRows);
+// Calls f<R>(first row) over n rows, in tiles that fill the registers beside V vectors.
+template <int V, class F>
+LLMFAST_INLINE void tiles(int64_t n, F&& f) {
+  constexpr int R = V == 1 ? 12 : V == 2 && kTileV == 4 ? 12 : V == 3 ? 8 : kTileR;
+  int64_t r = 0;
+  for (; n - r >= R && n - r != 8; r += R) f(r, std::integral_constant<int, R>{});
+  for (; n - r >= 4; r += 4) f(r, std::integral_constant<int, 4>{});
+  if (n - r >= 2) f(r, std::integral_constant<int, 2>{}), r += 2;
+  if (r < n) f(r, std::integral_constant<int, 1>{});
 }
 
-template <int V>
-LLMFAST_INLINE void accumulate_rows(const float* p, const float* v, int64_t sv, int64_t n, float* o, const float* alpha,
-                                    int64_t Dv) {
-  constexpr int R = V == 1 ? 16 : V == 2 && kTileV == 4 ? 12 : V == 3 ? 8 : kTileR;
-  int64_t d = 0;
-  for (; d + R <= Dv; d += R) accumulate<R, V>(p, v + d, sv, n, o + d * kRows, alpha);
-  for (; d + 2 <= Dv; d += 2) accumulate<2, V>(p, v + d, sv, n, o + d * kRows, alpha);
-  if (d < Dv) accumulate<1, V>(p, v + d, sv, n, o + d * kRows, alpha);
-}
-
-// Calls f<V>(first vector) over the vectors [v0, v1) in register tiles.
+// Calls f<V>(first vector) over the vectors [v0, v1).
 template <class F>
 LLMFAST_INLINE void vectors(int v0, int v1, F&& f) {
   for (; v1 - v0 >= kTileV; v0 += kTileV) f(v0, std::integral_constant<int, kTileV>{});
@@ -96,87 +121,305 @@ LLMFAST_INLINE void vectors(int v0, int v1, F&& f) {
   if (v1 - v0 == 1) f(v0, std::integral_constant<int, 1>{});
 }
 
-// Scale, bias and mask over the scores of keys [j0, j0 + n); lanes are queries.
-LLMFAST_INLINE float element(const Tensor& t, int64_t at) {
+// Q^T in units, its rows times the sign of scale; rows past nq are zero.
+template <class T>
+void transpose_q(const Block<T>& x, Workspace<T>& w) {
+  using U = unit<T>;
+  using V = decltype(load(w.qt));
+  constexpr int L = sizeof(V) / sizeof(U), kStep = L * (kPairs<T> ? 2 : 1);
+  const bool negative = x.a.spec.scale < 0;
+  for (int64_t g = 0; g < kRows; g += L)
+    for (int64_t d = 0; d < x.D; d += kStep) {
+      V r[L];
+      for (int i = 0; i < L; i++) {
+        const T* q = x.q + (g + i) * x.a.q.stride[2] + d;
+        if (g + i >= x.nq) {
+          r[i] = V{};
+        } else if constexpr (kPairs<T>) {
+          bf16 part[kStep] = {};
+          if (x.D - d < kStep)
+            for (int64_t e = 0; e < x.D - d; e++) part[e] = q[e];
+          r[i] = loadu(reinterpret_cast<const int32_t*>(x.D - d < kStep ? part : q));
+          if (negative) r[i] ^= static_cast<int32_t>(0x80008000);
+        } else {
+          r[i] = x.D - d < kStep ? load_part(q, x.D - d) : loadu(q);
+          if (negative) r[i] = -r[i];
+        }
+      }
+      transpose(r);
+      for (int i = 0; i < L; i++) store(w.qt + (d / kStep * L + i) * kRows + g, r[i]);
+    }
+}
+
+// A strip (n <= 16 keys, 64 queries) of a mask or bias tensor, transposed and widened.
+template <class E, class C>
+void strip_of(const E* p, int64_t si, int64_t sj, int64_t nq, int64_t n, C* tile) {
+  constexpr int L = kLanesOf<C>;
+  if (si == 0) {
+    for (int64_t j = 0; j < n; j++)
+      for (int i = 0; i < kRows; i += L) store(tile + j * kRows + i, splat(static_cast<C>(to_float(p[j * sj]))));
+    return;
+  }
+  if constexpr (std::is_same_v<C, float> && !std::is_same_v<E, double>) {
+    if (sj == 1) {
+      for (int64_t g = 0; g < nq; g += L)
+        for (int64_t j = 0; j < n; j += L) {
+          vec r[L];
+          for (int i = 0; i < L; i++) {
+            const E* at = p + (g + i) * si + j;
+            r[i] = g + i >= nq ? vec{} : n - j < L ? load_part(at, n - j) : loadu(at);
+          }
+          transpose(r);
+          for (int i = 0; i < L; i++) store(tile + (j + i) * kRows + g, r[i]);
+        }
+      return;
+    }
+  }
+  for (int64_t j = 0; j < n; j++)
+    for (int64_t i = 0; i < nq; i++) tile[j * kRows + i] = static_cast<C>(to_float(p[i * si + j * sj]));
+}
+
+template <class T>
+void strip_of(const Block<T>& x, const Tensor& t, int64_t j0, int64_t n, compute<T>* tile) {
+  const int64_t si = t.stride[2], sj = t.stride[3];
+  const int64_t at = x.seq.b * t.stride[0] + x.h * t.stride[1] + x.i0 * si + j0 * sj;
   switch (t.dtype) {
-    case Dtype::kFloat32: return reinterpret_cast<const float*>(t.data)[at];
-    case Dtype::kBFloat16: return to_float(reinterpret_cast<const bf16*>(t.data)[at]);
-    case Dtype::kFloat16: return to_float(reinterpret_cast<const f16*>(t.data)[at]);
-    default: return static_cast<float>(reinterpret_cast<const double*>(t.data)[at]);
+    case Dtype::kFloat32: return strip_of(reinterpret_cast<const float*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kBFloat16: return strip_of(reinterpret_cast<const bf16*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kFloat16: return strip_of(reinterpret_cast<const f16*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kBool: return strip_of(reinterpret_cast<const uint8_t*>(t.data) + at, si, sj, x.nq, n, tile);
+    default: return strip_of(reinterpret_cast<const double*>(t.data) + at, si, sj, x.nq, n, tile);
   }
 }
 
+// Scale, softcap, bias, ALiBi and mask over a strip of n scores, for the vectors [v0, v1).
 template <class T>
-void adjust(const AttentionForward& a, const Block<T>& x, float* s, int64_t j0, int64_t n, float scale) {
-  const Tensor &bias = a.extras.bias, &mask = a.extras.mask;
-  const char* hidden = mask ? mask.data + x.b * mask.stride[0] + x.h * mask.stride[1] : nullptr;
-  int64_t at = bias ? x.b * bias.stride[0] + x.h * bias.stride[1] : 0;
-  for (int64_t j = 0; j < n; j++)
-    for (int64_t i = 0; i < x.nq; i++) {
-      float y = s[j * kRows + i] * scale;
-      if (bias) y += element(bias, at + (x.i0 + i) * bias.stride[2] + (j0 + j) * bias.stride[3]);
-      if (hidden && !hidden[(x.i0 + i) * mask.stride[2] + (j0 + j) * mask.stride[3]]) y = -kInf;
-      s[j * kRows + i] = y;
-    }
+void adjust(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int64_t n, int v0, int v1) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const AttentionSpec& spec = x.a.spec;
+  const Extras& e = x.a.extras;
+  const C scale = static_cast<C>(__builtin_fabs(spec.scale)), cap = static_cast<C>(spec.softcap);
+  const Tensor& slopes = e.alibi_slopes;
+  const C slope = slopes ? element<C>(slopes, slopes.dim == 2 ? x.seq.b * slopes.stride[0] + x.h * slopes.stride[1]
+                                                              : x.h * slopes.stride[0])
+                         : C(0);
+  auto each = [&](auto&& f) {
+    for (int64_t j = 0; j < n; j++)
+      for (int g = v0; g < v1; g++) {
+        C* at = s + j * kRows + g * L;
+        store(at, f(load(at), j, g));
+      }
+  };
+  each([&](auto y, int64_t, int) { return y * scale; });
+  if (cap != 0) each([&](auto y, int64_t, int) { return tanh(y * (1 / cap)) * cap; });
+  if (e.bias) {
+    strip_of(x, e.bias, j0, n, tile);
+    each([&](auto y, int64_t j, int g) { return y + load(tile + j * kRows + g * L); });
+  }
+  if (slopes)
+    each([&](auto y, int64_t j, int g) {
+      return y - abs(iota<C>() + static_cast<C>(x.i0 + x.offset + g * L - j0 - j)) * slope;
+    });
+  if (e.mask) {
+    strip_of(x, e.mask, j0, n, tile);
+    each([&](auto y, int64_t j, int g) { return load(tile + j * kRows + g * L) == 0 ? splat(-kInfOf<C>) : y; });
+  }
 }
 
-// The band's edges: hides keys outside [first, last] for each query of one strip of keys.
+// The band's edges over a strip: hides keys outside [i + offset - left, i + offset + right] from query i.
 template <class T>
-LLMFAST_INLINE void band(const AttentionSpec& spec, const Block<T>& x, float* s, int64_t j0, int64_t n, int v0, int v1) {
-  const int64_t offset = x.Nk - x.Nq;
-  for (int64_t j = 0; j < n; j++)
-    for (int v = v0; v < v1; v++) {
-      float* p = s + j * kRows + v * kLanes;
-      for (int lane = 0; lane < kLanes; lane++) {
-        int64_t distance = j0 + j - (x.i0 + v * kLanes + lane) - offset;
-        if (distance > spec.right || distance < -spec.left) p[lane] = -kInf;
+LLMFAST_INLINE void band(const Block<T>& x, compute<T>* s, int64_t j0, int64_t n, int v0, int v1) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  for (int g = v0; g < v1; g++) {
+    const int64_t i = x.i0 + g * L + x.offset;  // lane 0 on the diagonal
+    if (j0 + n - 1 <= i + x.a.spec.right && j0 >= i + L - 1 - x.a.spec.left) continue;
+    for (int64_t j = 0; j < n; j++) {
+      const C low = static_cast<C>(clamp(j0 + j - x.a.spec.right - i, -1, L));
+      const C high = static_cast<C>(clamp(j0 + j + x.a.spec.left - i, -1, L));
+      C* at = s + j * kRows + g * L;
+      store(at, (iota<C>() < low) | (iota<C>() > high) ? splat(-kInfOf<C>) : load(at));
+    }
+  }
+}
+
+// Zeroes the probabilities of n <= 16 keys that dropout takes, for one vector of queries; j0 is a multiple of 4.
+template <class T>
+LLMFAST_INLINE void drop(const Block<T>& x, compute<T>* p, int64_t j0, int64_t n, int g) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const uint64_t threshold = static_cast<uint64_t>(x.a.spec.dropout_p * 4294967296.);
+  const uint64_t key = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(x.a.extras.seed.data));
+  for (int64_t j = 0; j < n; j += 4) {
+    wvec c[4] = {wvec{} + static_cast<uint32_t>((j0 + j) / 4),
+                 (wvec)iota<int32_t>() + static_cast<uint32_t>(x.i0 + g * L),
+                 wvec{} + static_cast<uint32_t>(x.h), wvec{} + static_cast<uint32_t>(x.seq.b)};
+    philox(c, key);
+    for (int word = 0; word < min<int64_t>(4, n - j); word++) {
+      C* at = p + (j + word) * kRows + g * L;
+      if constexpr (std::is_same_v<C, float>) {
+        store(at, threshold >> 32 ? vec{} : c[word] >= static_cast<uint32_t>(threshold) ? load(at) : vec{});
+      } else {
+        for (int lane = 0; lane < L; lane++)
+          if (c[word][lane] < threshold) at[lane] = 0;
+      }
+    }
+  }
+}
+
+// Keys [j0, j0 + n) as the products read them: row pointers and strides in bytes.
+struct Staged {
+  const char *k, *v;
+  int64_t sk, sv;
+};
+
+template <class T>
+LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n) {
+  using C = compute<T>;
+  const bool whole = !x.k.pages;
+  auto chars = [](const void* p) { return static_cast<const char*>(p); };
+  if constexpr (kPairs<T>) {
+    constexpr int kStep = 2 * kLanes;
+    const int64_t sv = (x.Dv + kStep - 1) / kStep * kStep, sk = (x.D + 1) / 2 * 2;
+    const bf16 zeros[kStep] = {};
+    for (int64_t j = 0; j < n; j += 2) {
+      const bf16 *a = x.v.at(j0 + j), *b = j + 1 < n ? x.v.at(j0 + j + 1) : nullptr;
+      for (int64_t d = 0; d < x.Dv; d += kStep) {
+        bf16 parts[2][kStep] = {};
+        if (x.Dv - d < kStep)
+          for (int64_t e = 0; e < x.Dv - d; e++) parts[0][e] = a[d + e], parts[1][e] = b ? b[d + e] : bf16{};
+        const bool part = x.Dv - d < kStep;
+        ivec low, high;
+        interleave(loadu(reinterpret_cast<const int32_t*>(part ? parts[0] : a + d)),
+                   loadu(reinterpret_cast<const int32_t*>(part ? parts[1] : b ? b + d : zeros)), low, high);
+        store(w.v + j / 2 * sv + d, low), store(w.v + j / 2 * sv + d + kLanes, high);
+      }
+    }
+    if (whole && x.D % 2 == 0) return {chars(x.k.at(j0)), chars(w.v), x.k.stride * 2, sv * 4};
+    for (int64_t j = 0; j < n; j++) {
+      memcpy(w.k_copy + j * sk, x.k.at(j0 + j), x.D * 2);
+      if (x.D % 2) w.k_copy[j * sk + x.D] = bf16{};
+    }
+    return {chars(w.k_copy), chars(w.v), sk * 2, sv * 4};
+  } else {
+    if constexpr (std::is_same_v<T, C>)
+      if (whole) return {chars(x.k.at(j0)), chars(x.v.at(j0)), x.k.stride * int64_t(sizeof(T)), x.v.stride * int64_t(sizeof(T))};
+    const int64_t sk = (x.D + 15) / 16 * 16, sv = (x.Dv + 15) / 16 * 16;
+    for (int64_t j = 0; j < n; j++) widen(x.k.at(j0 + j), x.D, w.k + j * sk), widen(x.v.at(j0 + j), x.Dv, w.v + j * sv);
+    return {chars(w.k), chars(w.v), sk * int64_t(sizeof(C)), sv * int64_t(sizeof(C))};
+  }
+}
+
+// One vector of queries over the strips of S it sees: m, l, alpha, and P in place of S.
+template <class T>
+LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n, int g, const int* v0, const int* v1, compute<T> c) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  using V = vec_of<C>;
+  C* s = w.s + g * L;
+  auto strips = [&](auto&& f) {
+    for (int t = 0; t * kStrip < n; t++)
+      if (v0[t] <= g && g < v1[t]) f(t * kStrip, min<int64_t>((t + 1) * kStrip, n));
+  };
+  V m_old = load(w.m + g * L), m_new = m_old;
+  strips([&](int64_t j, int64_t end) {
+    V other = m_new;
+    for (; j + 2 <= end; j += 2) m_new = max(m_new, load(s + j * kRows)), other = max(other, load(s + (j + 1) * kRows));
+    if (j < end) m_new = max(m_new, load(s + j * kRows));
+    m_new = max(m_new, other);
+  });
+  V m = m_new == -kInfOf<C> ? V{} : m_new;  // no key yet: 0
+  V alpha = exp2(m_old - m, c), sum = V{}, odd = V{};
+  strips([&](int64_t j, int64_t end) {
+    const int64_t first = j;
+    for (; j + 2 <= end; j += 2) {
+      V a = exp2(load(s + j * kRows) - m, c), b = exp2(load(s + (j + 1) * kRows) - m, c);
+      sum += a, odd += b;
+      store(s + j * kRows, a), store(s + (j + 1) * kRows, b);
+    }
+    if (j < end) {
+      V a = exp2(load(s + j * kRows) - m, c);
+      sum += a;
+      store(s + j * kRows, a);
+    }
+    if (x.a.spec.dropout_p != 0) drop(x, w.s + first * kRows, j0 + first, end - first, g);
+    if constexpr (kPairs<T>)
+      for (j = first; j < end; j += 2)
+        store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows, pairs(load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{}));
+  });
+  store(w.m + g * L, m_new);
+  store(w.alpha + g * L, alpha);
+  store(w.l + g * L, load(w.l + g * L) * alpha + (sum + odd));
+}
+
+// o = O^T / l transposed back, lse, sinks.
+template <class T>
+void finish(const Block<T>& x, Workspace<T>& w, compute<T> to_natural) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const Tensor& sinks = x.a.extras.sinks;
+  const double p = x.a.spec.dropout_p;
+  const C keep = p < 1 ? static_cast<C>(1 / (1 - p)) : C(0);
+  for (int64_t i = 0; i < x.nq; i++) {
+    C m = w.m[i] * to_natural, l = w.l[i];
+    if (l == 0) m = -kInfOf<C>;
+    C inverse = l == 0 ? C(0) : keep / l;
+    if (sinks) {
+      const C sink = element<C>(sinks, x.h * sinks.stride[0]), both = m < sink ? sink : m;
+      if (sink > -kInfOf<C>) {
+        const C shrink = exp(m - both);
+        l = l * shrink + exp(sink - both), m = both, inverse = keep * shrink / l;
+      }
+    }
+    if (x.lse) x.lse[i * x.a.lse.stride[2]] = l == 0 ? -kInfOf<C> : m + log(l);
+    w.alpha[i] = inverse;
+  }
+  for (int64_t g = 0; g < x.nq; g += L)
+    for (int64_t d = 0; d < x.Dv; d += L) {
+      vec_of<C> r[L];
+      for (int i = 0; i < L; i++) r[i] = load(w.o + (d + i) * kRows + g) * load(w.alpha + g);
+      transpose(r);
+      for (int i = 0; i < min<int64_t>(L, x.nq - g); i++) {
+        T* o = x.o + (g + i) * x.a.o.stride[2] + d;
+        if (x.Dv - d < L) {
+          store_part(o, r[i], x.Dv - d);
+        } else {
+          storeu(o, r[i]);
+        }
       }
     }
 }
 
 template <class T>
-void block(const AttentionForward& a, const Block<T>& x, Workspace& w) {
-  const AttentionSpec& spec = a.spec;
-  const int64_t offset = x.Nk - x.Nq, D = x.D, Dv = x.Dv;
-  const bool adjusts = a.extras.bias || a.extras.mask || spec.scale == 0;
-  const float scale = static_cast<float>(__builtin_fabs(spec.scale)), sign = spec.scale < 0 ? -1.f : 1.f;
-  const float c = adjusts ? kLog2e : scale * kLog2e;  // what turns the scores in S into base-2 units
-  for (int64_t i = 0; i < kRows; i++)
-    for (int64_t d = 0; d < D; d++)
-      w.qt[d * kRows + i] = i < x.nq ? to_float(x.q[(x.i0 + i) * x.sqn + d]) * sign : 0.f;
-  memset(w.o, 0, Dv * kRows * 4);
-  for (int i = 0; i < kRows; i++) w.m[i] = -kInf, w.l[i] = 0.f;
+void block(const Block<T>& x, Workspace<T>& w) {
+  using C = compute<T>;
+  using U = unit<T>;
+  constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1;  // keys or head dims in a unit
+  const AttentionSpec& spec = x.a.spec;
+  const C scale = x.adjusts ? C(1) : static_cast<C>(__builtin_fabs(spec.scale));
+  const C c = static_cast<C>(scale * 1.4426950408889634);  // turns S into base-2 units
+  transpose_q(x, w);
+  memset(w.o, 0, x.Dv * kRows * sizeof(C));
+  for (int i = 0; i < kRows; i++) w.m[i] = -kInfOf<C>, w.l[i] = 0;
 
-  // Keys some query sees, and the part that all see.
-  const int64_t first = max<int64_t>(0, x.i0 + offset - spec.left), last_row = x.i0 + x.nq - 1;
-  const int64_t end = min(x.Nk, last_row + offset + spec.right + 1);
-  const int64_t whole0 = max(first, last_row + offset - spec.left), whole1 = min(end, x.i0 + offset + spec.right + 1);
-  const int used = static_cast<int>((x.nq + kLanes - 1) / kLanes);
-
-  for (int64_t j0 = first; j0 < end;) {
-    const bool whole = j0 >= whole0 && j0 < whole1;
-    int64_t n = min<int64_t>(kKeys, (whole ? whole1 : j0 < whole0 ? min(whole0, end) : end) - j0);
-    // Strips of kStrip keys, each with the vectors [v0, v1) that see one of its keys.
-    int v0[kKeys / kStrip], v1[kKeys / kStrip];
+  // The keys that some query sees, from a multiple of kStrip.
+  const int64_t last = x.i0 + x.nq - 1 + x.offset;
+  const int64_t first = max<int64_t>(0, x.i0 + x.offset - spec.left) / kStrip * kStrip;
+  const int64_t end = min(x.seq.Nk, last + spec.right + 1);
+  const int used = static_cast<int>((x.nq + L - 1) / L);
+  for (int64_t j0 = first; j0 < end; j0 += kKeys) {
+    const int64_t n = min<int64_t>(kKeys, end - j0);
     const int strips = static_cast<int>((n + kStrip - 1) / kStrip);
+    int v0[kKeys / kStrip], v1[kKeys / kStrip];  // the vectors that see one of a strip's keys
     for (int t = 0; t < strips; t++) {
-      int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;  // its first and last key
-      int64_t i_low = a0 - offset - spec.right - x.i0, i_high = a1 - offset + spec.left - x.i0;
-      v0[t] = whole ? 0 : static_cast<int>(min<int64_t>(max<int64_t>(i_low, 0) / kLanes, used));
-      v1[t] = whole ? used : static_cast<int>(max<int64_t>(v0[t], min<int64_t>(used, i_high / kLanes + 1)));
+      const int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;
+      const int64_t low = a0 - x.offset - spec.right - x.i0, high = a1 - x.offset + spec.left - x.i0;
+      v0[t] = static_cast<int>(clamp(low, 0, used * L) / L);
+      v1[t] = static_cast<int>(high < 0 ? 0 : clamp(high / L + 1, v0[t], used));
+      if (v1[t] < v0[t]) v1[t] = v0[t];
     }
-    const float *k, *v;
-    int64_t sk, sv;
-    if constexpr (std::is_same_v<T, float>) {
-      k = x.k + j0 * x.skn, v = x.v + j0 * x.svn, sk = x.skn, sv = x.svn;
-    } else {
-      for (int64_t j = 0; j < n; j++) {
-        for (int64_t d = 0; d < D; d++) w.k[j * D + d] = to_float(x.k[(j0 + j) * x.skn + d]);
-        for (int64_t d = 0; d < Dv; d++) w.v[j * Dv + d] = to_float(x.v[(j0 + j) * x.svn + d]);
-      }
-      k = w.k, v = w.v, sk = D, sv = Dv;
-    }
-    // Runs of strips with the same vectors go together.
+    // Calls f(first key, keys, v0, v1) for runs of strips that the same vectors see.
     auto runs = [&](auto&& f) {
       for (int t = 0; t < strips;) {
         int u = t + 1;
@@ -185,76 +428,97 @@ void block(const AttentionForward& a, const Block<T>& x, Workspace& w) {
         t = u;
       }
     };
+    const Staged kv = stage(x, w, j0, n);
     runs([&](int64_t j, int64_t m, int a0, int a1) {
       vectors(a0, a1, [&](int g, auto V) {
-        scores_rows<V.value>(w.qt + g * kLanes, k + j * sk, sk, D, w.s + j * kRows + g * kLanes, m);
+        tiles<V.value>(m, [&](int64_t r, auto R) {
+          scores<R.value, V.value, C, U>(w.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer,
+                                         w.s + (j + r) * kRows + g * L);
+        });
       });
     });
-    if (adjusts) adjust(a, x, w.s, j0, n, scale);
-    if (!whole)
-      for (int t = 0; t < strips; t++)
-        band(spec, x, w.s + t * kStrip * kRows, j0 + t * kStrip, min<int64_t>(kStrip, n - t * kStrip), v0[t], v1[t]);
-    for (int g = 0; g < used; g++) {
-      const int64_t lane = g * kLanes;
-      vec m_old = load(w.m + lane), m_new = m_old, sum = vec{};
-      for (int t = 0; t < strips; t++)
-        if (v0[t] <= g && g < v1[t])
-          for (int64_t j = t * kStrip; j < min<int64_t>((t + 1) * kStrip, n); j++) m_new = max(m_new, load(w.s + j * kRows + lane));
-      vec mc = (m_new == -kInf ? vec{} : m_new) * c;  // no key yet: 0
-      vec alpha = exp2(m_old * c - mc);
-      for (int t = 0; t < strips; t++)
-        if (v0[t] <= g && g < v1[t])
-          for (int64_t j = t * kStrip; j < min<int64_t>((t + 1) * kStrip, n); j++) {
-            vec p = exp2(load(w.s + j * kRows + lane) * c - mc);
-            sum += p;
-            store(w.s + j * kRows + lane, p);
-          }
-      store(w.m + lane, m_new);
-      store(w.alpha + lane, alpha);
-      store(w.l + lane, load(w.l + lane) * alpha + sum);
+    for (int t = 0; t < strips; t++) {
+      C* s = w.s + t * kStrip * kRows;
+      const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
+      if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
+      band(x, s, j, m, v0[t], v1[t]);
     }
+    for (int g = 0; g < used; g++) softmax(x, w, j0, n, g, v0, v1, c);
     runs([&](int64_t j, int64_t m, int a0, int a1) {
       vectors(a0, a1, [&](int g, auto V) {
-        accumulate_rows<V.value>(w.s + j * kRows + g * kLanes, v + j * sv, sv, m, w.o + g * kLanes, w.alpha + g * kLanes, Dv);
+        tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
+          accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer * kRows + g * L,
+                                             kv.v + j / kPer * kv.sv + r * sizeof(U), kv.sv, (m + kPer - 1) / kPer,
+                                             w.o + r * kRows + g * L, w.alpha + g * L);
+        });
       });
-      for (int i = a0 * kLanes; i < a1 * kLanes; i++) w.alpha[i] = 1.f;  // rescaled once
+      for (int i = a0 * L; i < a1 * L; i++) w.alpha[i] = 1;  // rescaled once
     });
-    j0 += n;
   }
-  for (int64_t i = 0; i < x.nq; i++) {
-    const float l = w.l[i], inverse = l == 0.f ? 0.f : 1.f / l;
-    T* o = x.o + (x.i0 + i) * x.son;
-    for (int64_t d = 0; d < Dv; d++) from_float(o + d, w.o[d * kRows + i] * inverse);
-    if (x.lse)
-      static_cast<float*>(x.lse)[(x.i0 + i) * x.slse] = l == 0.f ? -kInf : w.m[i] * (adjusts ? 1.f : scale) + __builtin_logf(l);
-  }
+  finish(x, w, scale);
 }
 
 template <class T>
 void run(const AttentionForward& a) {
-  const int64_t B = a.q.size[0], H = a.q.size[1], Nq = a.q.size[2], Nk = a.k.size[2], D = a.q.size[3], Dv = a.v.size[3];
-  const int64_t group = a.k.size[1] ? H / a.k.size[1] : 1, blocks = (Nq + kRows - 1) / kRows, tasks = B * H * blocks;
+  using C = compute<T>;
+  const int64_t H = a.q.size[1], D = a.q.size[3], Dv = a.v.size[3], group = a.k.size[1] ? H / a.k.size[1] : 1;
+  const int64_t B = sequences(a.q, a.extras), wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
+  const double scale = __builtin_fabs(a.spec.scale);
+  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20;
+  if (a.extras.cu_seqlens_q)  // rows that no sequence covers
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t i = 0; i < a.q.size[2]; i++) {
+        memset(a.o.data + (h * a.o.stride[1] + i * a.o.stride[2]) * sizeof(T), 0, Dv * sizeof(T));
+        if (a.lse) reinterpret_cast<C*>(a.lse.data)[h * a.lse.stride[1] + i * a.lse.stride[2]] = -kInfOf<C>;
+      }
+  int64_t tasks = 0, longest = 0;
+  for (int64_t b = 0; b < B; b++) {
+    const Sequence s = sequence(a.q, a.k, a.extras, b);
+    tasks += H * ((s.Nq + kRows - 1) / kRows), longest = max(longest, s.Nk);
+  }
   if (!tasks) return;
-#pragma omp parallel if (tasks > 1)
+  struct Task {
+    int64_t b, h, i0;
+  };
+  static thread_local Scratch list;
+  Task* const task = static_cast<Task*>(list.bytes(tasks * sizeof(Task)));
+  for (int64_t b = 0, t = 0; b < B; b++) {
+    const int64_t last = (sequence(a.q, a.k, a.extras, b).Nq - 1) / kRows;
+    if (sequence(a.q, a.k, a.extras, b).Nq > 0)
+      for (int64_t h = 0; h < H; h++)
+        for (int64_t i = last; i >= 0; i--) task[t++] = {b, h, i * kRows};  // a head's blocks together, heaviest first
+  }
+#pragma omp parallel if (tasks > 1 && tasks * longest * (D + Dv) > 20000)  // 10 us of work pay for the threads
   {
     static thread_local Scratch scratch;
-    Workspace w;
-    w.qt = scratch.floats((D + Dv) * (kRows + kKeys) + kKeys * kRows);
-    w.s = w.qt + D * kRows, w.o = w.s + kKeys * kRows, w.k = w.o + Dv * kRows, w.v = w.k + kKeys * D;
+    Workspace<T> w;
+    C* at = static_cast<C*>(scratch.bytes(((wideD + wideDv) * (kRows + kKeys) + (kKeys + kStrip) * kRows) * sizeof(C)));
+    w.qt = reinterpret_cast<unit<T>*>(at), at += wideD * kRows;
+    w.s = at, at += kKeys * kRows;
+    w.tile = at, at += kStrip * kRows;
+    w.o = at, at += wideDv * kRows;
+    w.v = reinterpret_cast<unit<T>*>(at), at += kKeys * wideDv;
+    w.k = at, w.k_copy = reinterpret_cast<T*>(at);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tasks; t++) {
-      const int64_t i = blocks - 1 - t / (B * H), b = t % (B * H) / H, h = t % H;  // heaviest first when causal
-      auto at = [&](const Tensor& x, int64_t head) { return b * x.stride[0] + head * x.stride[1]; };
-      Block<T> x;
-      x.q = reinterpret_cast<const T*>(a.q.data) + at(a.q, h);
-      x.k = reinterpret_cast<const T*>(a.k.data) + at(a.k, h / group);
-      x.v = reinterpret_cast<const T*>(a.v.data) + at(a.v, h / group);
-      x.o = reinterpret_cast<T*>(a.o.data) + at(a.o, h);
-      x.lse = a.lse ? reinterpret_cast<float*>(a.lse.data) + at(a.lse, h) : nullptr;
-      x.sqn = a.q.stride[2], x.skn = a.k.stride[2], x.svn = a.v.stride[2], x.son = a.o.stride[2], x.slse = a.lse.stride[2];
-      x.Nq = Nq, x.Nk = Nk, x.D = D, x.Dv = Dv, x.i0 = i * kRows, x.nq = min<int64_t>(kRows, Nq - x.i0);
-      x.b = b, x.h = h;
-      block(a, x, w);
+      const int64_t h = task[t].h, i0 = task[t].i0;
+      const Sequence s = sequence(a.q, a.k, a.extras, task[t].b);
+      auto start = [&](const Tensor& x) { return s.batch * x.stride[0] + h * x.stride[1] + (s.q0 + i0) * x.stride[2]; };
+      Block<T> x{a,
+                 s,
+                 rows<T>(a.k, a.extras, s, h / group),
+                 rows<T>(a.v, a.extras, s, h / group),
+                 reinterpret_cast<const T*>(a.q.data) + start(a.q),
+                 reinterpret_cast<T*>(a.o.data) + start(a.o),
+                 a.lse ? reinterpret_cast<C*>(a.lse.data) + start(a.lse) : nullptr,
+                 h,
+                 i0,
+                 min<int64_t>(kRows, s.Nq - i0),
+                 D,
+                 Dv,
+                 s.Nk - s.Nq,
+                 adjusts};
+      block(x, w);
     }
   }
 }
@@ -266,7 +530,7 @@ void attention_forward(const AttentionForward& a) {
     case Dtype::kFloat32: return attention_fwd::run<float>(a);
     case Dtype::kBFloat16: return attention_fwd::run<bf16>(a);
     case Dtype::kFloat16: return attention_fwd::run<f16>(a);
-    default: return;  // llmfast/backends/cpu.py refuses the rest
+    default: return attention_fwd::run<double>(a);
   }
 }
 

@@ -1,6 +1,7 @@
 // Everything one instruction set has, gathered in its table.
 #include "cpu/simd.h"
 
+#include "cpu/sequence.inl"
 #include "cpu/attention_forward.inl"
 #include "cpu/peak.inl"
 

@@ -12,6 +12,7 @@
 #include <utility>
 #if defined(__x86_64__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of the undefined vectors in its own header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #endif
 
@@ -38,6 +39,8 @@ template <class C>
 constexpr int kLanesOf = kLanes * 4 / static_cast<int>(sizeof(C));
 
 constexpr float kInf = __builtin_inff();
+template <class C>
+constexpr C kInfOf = static_cast<C>(__builtin_inf());
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 LLMFAST_INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }
@@ -127,6 +130,8 @@ struct f16 {
 };
 
 LLMFAST_INLINE float to_float(float x) { return x; }
+LLMFAST_INLINE double to_float(double x) { return x; }
+LLMFAST_INLINE float to_float(uint8_t x) { return x; }
 LLMFAST_INLINE float to_float(bf16 x) {
   uint32_t u = static_cast<uint32_t>(x.bits) << 16;
   float f;
@@ -198,6 +203,12 @@ LLMFAST_INLINE void storeu(bf16* p, vec x) {
   half h = __builtin_convertvector(r, half);
   __builtin_memcpy(p, &h, sizeof h);
 }
+LLMFAST_INLINE vec loadu(const uint8_t* p) {
+  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
+  bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vec);
+}
 #if LLMFAST_LANES == 16
 LLMFAST_INLINE vec loadu(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 LLMFAST_INLINE void storeu(f16* p, vec x) {
@@ -243,6 +254,17 @@ LLMFAST_INLINE vec load_part(const f16* p, int64_t n) {
 }
 LLMFAST_INLINE void store_part(float* p, vec x, int64_t n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, x); }
 #endif
+
+// 0, 1, 2, ... as floats, doubles or int32
+template <class C, int... I>
+LLMFAST_INLINE auto iota(std::integer_sequence<int, I...>) {
+  typedef C V __attribute__((vector_size(kLanes * 4)));
+  return V{static_cast<C>(I)...};
+}
+template <class C>
+LLMFAST_INLINE auto iota() {
+  return iota<C>(std::make_integer_sequence<int, kLanesOf<C>>{});
+}
 
 // The low or high halves of a and b, lanes alternating: a0 b0 a1 b1 ...
 template <class V, int... I>
@@ -364,15 +386,15 @@ LLMFAST_INLINE void philox(wvec (&c)[4], uint64_t key) {
 struct Scratch {
   char* data = nullptr;
   size_t size = 0;
-  float* floats(size_t n) {
-    n = (n * 4 + 63) / 64 * 64;
+  void* bytes(size_t n) {
     if (n > size) {
       free(data);
-      data = static_cast<char*>(aligned_alloc(64, size = n));
+      data = static_cast<char*>(aligned_alloc(64, size = (n + 63) / 64 * 64));
       if (!data) abort();
     }
-    return reinterpret_cast<float*>(data);
+    return data;
   }
+  float* floats(size_t n) { return static_cast<float*>(bytes(n * 4)); }
   ~Scratch() { free(data); }
 };
 

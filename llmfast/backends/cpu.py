@@ -5,7 +5,6 @@ import os
 import torch
 
 from ..ops import like, lse_dtype
-from ..spec import NO_EXTRAS
 from . import Op
 
 try:
@@ -18,7 +17,7 @@ if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
 
 attention_fast = _cpu.attention_fast if _cpu is not None else lambda *_: None
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def available() -> str | None:
@@ -42,13 +41,7 @@ def _attention_supports(q, k, v, spec, extras):
     if not q.is_cpu:
         return f"needs a CPU tensor, got {q.device}"
     if q.dtype not in _DTYPES:
-        return f"dtype {str(q.dtype)[6:]} is not float32, bfloat16 or float16"
-    if extras is not NO_EXTRAS:
-        for name, t in zip(extras._fields, extras, strict=True):
-            if t is not None and name not in ("mask", "bias"):
-                return f"{name} is not supported yet"
-    if spec.softcap or spec.dropout_p:
-        return "softcap and dropout are not supported yet"
+        return f"dtype {str(q.dtype)[6:]} is not float32, bfloat16, float16 or float64"
     return None
 
 

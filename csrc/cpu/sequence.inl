@@ -1,0 +1,87 @@
+// What a kernel sees of one sequence: its rows of q and o, its keys, and where a key's row lies.
+namespace llmfast::cpu::LLMFAST_ISA {
+
+LLMFAST_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
+LLMFAST_INLINE int64_t length(const Tensor& t, int64_t i) {
+  return reinterpret_cast<const int32_t*>(t.data)[i * t.stride[0]];
+}
+
+// Rows [q0, q0 + Nq) and keys [k0, k0 + Nk) of row `batch`; b counts sequences. Lengths are clamped to what is there.
+struct Sequence {
+  int64_t b, batch, q0, Nq, k0, Nk;
+};
+
+LLMFAST_INLINE int64_t sequences(const Tensor& q, const Extras& e) {
+  return e.cu_seqlens_q ? e.cu_seqlens_q.size[0] - 1 : q.size[0];
+}
+
+LLMFAST_INLINE Sequence sequence(const Tensor& q, const Tensor& k, const Extras& e, int64_t b) {
+  Sequence s{b, b, 0, q.size[2], 0, k.size[2]};
+  if (e.cu_seqlens_q) {
+    s.batch = 0;
+    s.q0 = clamp(length(e.cu_seqlens_q, b), 0, q.size[2]), s.k0 = clamp(length(e.cu_seqlens_k, b), 0, k.size[2]);
+    s.Nq = clamp(length(e.cu_seqlens_q, b + 1), s.q0, q.size[2]) - s.q0;
+    s.Nk = clamp(length(e.cu_seqlens_k, b + 1), s.k0, k.size[2]) - s.k0;
+  }
+  if (e.page_table) s.Nk *= e.page_table.size[1];
+  if (e.seqlens_k) s.Nk = clamp(length(e.seqlens_k, b), 0, s.Nk);
+  return s;
+}
+
+// The rows of k or v of one sequence and head, whole or in pages.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+  const int32_t* pages;
+  int64_t table_stride, page_stride, size, count;
+
+  const T* at(int64_t j) const {
+    if (!pages) return data + j * stride;
+    return data + clamp(pages[j / size * table_stride], 0, count - 1) * page_stride + j % size * stride;
+  }
+};
+
+template <class T>
+LLMFAST_INLINE Rows<T> rows(const Tensor& t, const Extras& e, const Sequence& s, int64_t head) {
+  const T* data = reinterpret_cast<const T*>(t.data) + head * t.stride[1] + s.k0 * t.stride[2];
+  if (!e.page_table) return {data + s.batch * t.stride[0], t.stride[2], nullptr, 0, 0, 1, 1};
+  const int32_t* pages = reinterpret_cast<const int32_t*>(e.page_table.data) + s.b * e.page_table.stride[0];
+  return {data, t.stride[2], pages, e.page_table.stride[1], t.stride[0], t.size[2], t.size[0]};
+}
+
+// One element of a tensor of any dtype, at an offset in elements.
+template <class C>
+LLMFAST_INLINE C element(const Tensor& t, int64_t at) {
+  switch (t.dtype) {
+    case Dtype::kFloat32: return reinterpret_cast<const float*>(t.data)[at];
+    case Dtype::kBFloat16: return to_float(reinterpret_cast<const bf16*>(t.data)[at]);
+    case Dtype::kFloat16: return to_float(reinterpret_cast<const f16*>(t.data)[at]);
+    case Dtype::kBool: return reinterpret_cast<const uint8_t*>(t.data)[at];
+    default: return static_cast<C>(reinterpret_cast<const double*>(t.data)[at]);
+  }
+}
+
+// A row of n elements widened to the compute type; to has room for whole vectors.
+template <class T>
+LLMFAST_INLINE void widen(const T* from, int64_t n, float* to) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) store(to + d, loadu(from + d));
+  if (d < n) store(to + d, load_part(from + d, n - d));
+}
+LLMFAST_INLINE void widen(const double* from, int64_t n, double* to) {
+  for (int64_t d = 0; d < n; d++) to[d] = from[d];
+}
+
+// float32 for everything narrower than float64.
+template <class T>
+using compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+LLMFAST_INLINE float log(float x) { return __builtin_logf(x); }
+LLMFAST_INLINE double log(double x) { return __builtin_log(x); }
+LLMFAST_INLINE float exp(float x) { return __builtin_expf(x); }
+LLMFAST_INLINE double exp(double x) { return __builtin_exp(x); }
+LLMFAST_INLINE void from_float(double* p, double x) { *p = x; }
+
+}  // namespace llmfast::cpu::LLMFAST_ISA
