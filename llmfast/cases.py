@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import functional
+from . import arguments, functional
 
 C_FORWARD, C_GRADIENT = 2, 3
 
@@ -221,7 +221,7 @@ def math_attention(p: Problem) -> Result | None:
     B, H, Nq, _ = p.q.shape
     Nk, dtype = p.k.shape[2], p.q.dtype
     inputs = {n: t.detach().requires_grad_() for n, t in _named(p).items() if t is not None}
-    left, right = functional._band(p.options.get("causal", False), p.options.get("window"), Nq, Nk)
+    left, right = arguments.band(p.options.get("causal", False), p.options.get("window"), Nq, Nk)
     distance = torch.arange(Nk, device=p.q.device) - torch.arange(Nq, device=p.q.device)[:, None] - (Nk - Nq)
     hidden = ((distance < -left) | (distance > right)).expand(B, H, Nq, Nk)
     if "mask" in p.options:

@@ -1,17 +1,11 @@
 """The public functions: their arguments become an AttentionSpec and Extras, nothing else happens here."""
 
-from numbers import Real
-
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
 from .backends import cpu, reference
 from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, OPEN, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_autocast = torch.is_autocast_enabled
-
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
@@ -56,25 +50,24 @@ def attention(
         o = None if code is None else cpu.attention_fast(q, k, v, code, scale, True)
         if o is not None:
             return o
-    q, k, v, bias = _cast(q, k, v, bias)
-    H, Nq, Nk = _check_qkv(q, k, v)
+    q, k, v, bias = arguments.autocast(q, k, v, bias)
+    H, Nq, Nk = arguments.qkv(q, k, v)
     left, right = OPEN, OPEN
     if causal is not False or window is not None:
-        left, right = _band(causal, window, Nq, Nk)
-    spec = AttentionSpec(_scale(scale, q), left, right, *_numbers(softcap, dropout_p))
+        left, right = arguments.band(causal, window, Nq, Nk)
+    spec = AttentionSpec(arguments.scale_or_default(scale, q), left, right, *arguments.softcap_and_dropout(softcap, dropout_p))
     extras = NO_EXTRAS
     if mask is not None or bias is not None or alibi_slopes is not None or sinks is not None or dropout_p:
         shape = (q.shape[0], H, Nq, Nk)
         extras = Extras(
-            mask=_check_mask(mask, shape, q),
-            bias=_check_bias(bias, shape, q),
-            alibi_slopes=_check_slopes(alibi_slopes, q.shape[0], q),
-            sinks=_check_sinks(sinks, q),
-            seed=_seed(seed, dropout_p, q),
+            mask=arguments.mask_of(mask, shape, q),
+            bias=arguments.bias_of(bias, shape, q),
+            alibi_slopes=arguments.slopes_of(alibi_slopes, q.shape[0], q),
+            sinks=arguments.sinks_of(sinks, q),
+            seed=arguments.seed_of(seed, dropout_p, q),
         )
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     return (o, lse) if return_lse else o
-
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -99,7 +92,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask: give attn_mask or is_causal, not both")
-        _tensor(attn_mask, "attn_mask")
+        arguments.tensor(attn_mask, "attn_mask")
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     H, Hk = query.shape[1], key.shape[1]
@@ -114,7 +107,6 @@ def scaled_dot_product_attention(
     return attention(
         query, key, value, causal="top_left" if is_causal else False, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p
     )
-
 
 def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """Brings inputs of any rank, or with broadcast leading dimensions, to four dimensions and back."""
@@ -135,7 +127,6 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     o = scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, dropout_p, is_causal, scale, enable_gqa)
     o = o.reshape(*lead, *o.shape[-3:])
     return o.squeeze(1) if rank == 3 else o.reshape(o.shape[-rank:]) if rank < 4 else o
-
 
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = None,
@@ -158,27 +149,26 @@ def attention_varlen(
     >>> o = llmfast.attention_varlen(q, k, v, cu, cu, causal=True)
     """
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if _tensor(t, name).dim() != 3:
+        if arguments.tensor(t, name).dim() != 3:
             raise ValueError(f"{name}: expected (T, heads, D) of packed sequences, got shape {tuple(t.shape)}")
     if causal == "top_left":
         raise ValueError('causal: "top_left" has no meaning for packed sequences; True aligns each one bottom-right')
-    q, k, v, _ = _cast(q, k, v, None)
+    q, k, v, _ = arguments.autocast(q, k, v, None)
     q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))  # (1, H, T, D)
-    _check_qkv(q, k, v)
-    _check_lengths(cu_seqlens_q, "cu_seqlens_q", q)
-    _check_lengths(cu_seqlens_k, "cu_seqlens_k", q, cu_seqlens_q.shape[0])
+    arguments.qkv(q, k, v)
+    arguments.lengths(cu_seqlens_q, "cu_seqlens_q", q)
+    arguments.lengths(cu_seqlens_k, "cu_seqlens_k", q, cu_seqlens_q.shape[0])
     extras = Extras(
-        alibi_slopes=_check_slopes(alibi_slopes, cu_seqlens_q.shape[0] - 1, q),
-        sinks=_check_sinks(sinks, q),
-        seed=_seed(seed, dropout_p, q),
+        alibi_slopes=arguments.slopes_of(alibi_slopes, cu_seqlens_q.shape[0] - 1, q),
+        sinks=arguments.sinks_of(sinks, q),
+        seed=arguments.seed_of(seed, dropout_p, q),
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    spec = AttentionSpec(_scale(scale, q), *_band(causal, window, 0, 0), *_numbers(softcap, dropout_p))
+    spec = AttentionSpec(arguments.scale_or_default(scale, q), *arguments.band(causal, window, 0, 0), *arguments.softcap_and_dropout(softcap, dropout_p))
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o
-
 
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens_k: Tensor, *, page_table: Tensor | None = None, causal: bool = True,
@@ -203,28 +193,27 @@ def attention_decode(
         raise ValueError('causal: "top_left" has no meaning for a cache; True aligns the last query with the last key')
     if ops.needs_grad(q, k_cache, v_cache, bias, sinks):
         raise ValueError("q: attention_decode has no gradient; use attention, or torch.no_grad()")
-    q, k, v, bias = _cast(q, k_cache, v_cache, bias)
-    H, Nq, Nk = _check_qkv(q, k, v, ("q", "k_cache", "v_cache"), paged=page_table is not None)
+    q, k, v, bias = arguments.autocast(q, k_cache, v_cache, bias)
+    H, Nq, Nk = arguments.qkv(q, k, v, ("q", "k_cache", "v_cache"), paged=page_table is not None)
     B = q.shape[0]
-    _check_lengths(seqlens_k, "seqlens_k", q, B)
+    arguments.lengths(seqlens_k, "seqlens_k", q, B)
     if page_table is not None:
-        _tensor(page_table, "page_table")
+        arguments.tensor(page_table, "page_table")
         if page_table.dim() != 2 or page_table.shape[0] != B or page_table.dtype != torch.int32:
-            raise ValueError(f"page_table: expected ({B}, pages) int32, got {_say(page_table)}")
-        _same_device(page_table, "page_table", q)
+            raise ValueError(f"page_table: expected ({B}, pages) int32, got {arguments.say(page_table)}")
+        arguments.same_device(page_table, "page_table", q)
         Nk *= page_table.shape[1]
     extras = Extras(
-        mask=_check_mask(mask, (B, H, Nq, Nk), q),
-        bias=_check_bias(bias, (B, H, Nq, Nk), q),
-        alibi_slopes=_check_slopes(alibi_slopes, B, q),
-        sinks=_check_sinks(sinks, q),
+        mask=arguments.mask_of(mask, (B, H, Nq, Nk), q),
+        bias=arguments.bias_of(bias, (B, H, Nq, Nk), q),
+        alibi_slopes=arguments.slopes_of(alibi_slopes, B, q),
+        sinks=arguments.sinks_of(sinks, q),
         seqlens_k=seqlens_k,
         page_table=page_table,
     )
-    spec = AttentionSpec(_scale(scale, q), *_band(causal, window, 0, 0), *_numbers(softcap, 0.0))
+    spec = AttentionSpec(arguments.scale_or_default(scale, q), *arguments.band(causal, window, 0, 0), *arguments.softcap_and_dropout(softcap, 0.0))
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     return (o, lse) if return_lse else o
-
 
 def attention_weights(
     q: Tensor, k: Tensor, *, rows: Tensor | list[int] | None = None, top_k: int | None = None, causal: bool | str = False,
@@ -244,18 +233,18 @@ def attention_weights(
 
     >>> p = llmfast.attention_weights(q, k, causal=True, rows=[0, 5])
     """
-    q, k, _, bias = _cast(q, k, k, bias)
-    H, Nq, Nk = _check_qkv(q, k, k)
+    q, k, _, bias = arguments.autocast(q, k, k, bias)
+    H, Nq, Nk = arguments.qkv(q, k, k)
     B = q.shape[0]
-    left, right = _band(causal, window, Nq, Nk)
+    left, right = arguments.band(causal, window, Nq, Nk)
     rows = torch.arange(Nq, device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
     if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or (rows.numel() and not (-Nq <= rows.min() and rows.max() < Nq)):
-        raise ValueError(f"rows: expected query indices below {Nq}, got {_say(rows)}")
+        raise ValueError(f"rows: expected query indices below {Nq}, got {arguments.say(rows)}")
     rows = rows % max(Nq, 1)
     expand = lambda t: None if t is None else t.expand(B, H, Nq, Nk)
-    mask, bias = expand(_check_mask(mask, (B, H, Nq, Nk), q)), expand(_check_bias(bias, (B, H, Nq, Nk), q))
-    slopes, sinks = _check_slopes(alibi_slopes, B, q), _check_sinks(sinks, q)
-    spec = AttentionSpec(_scale(scale, q), OPEN, OPEN, *_numbers(softcap, 0.0))
+    mask, bias = expand(arguments.mask_of(mask, (B, H, Nq, Nk), q)), expand(arguments.bias_of(bias, (B, H, Nq, Nk), q))
+    slopes, sinks = arguments.slopes_of(alibi_slopes, B, q), arguments.sinks_of(sinks, q)
+    spec = AttentionSpec(arguments.scale_or_default(scale, q), OPEN, OPEN, *arguments.softcap_and_dropout(softcap, 0.0))
     distance = torch.arange(Nk, device=q.device) - rows[:, None] - (Nk - Nq)
     band = (distance >= -left) & (distance <= right)  # (rows, Nk)
     out = []
@@ -274,7 +263,6 @@ def attention_weights(
         return tuple(torch.cat([x[i] for x in out], 1) for i in (0, 1))
     return torch.cat(out, 1)
 
-
 def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from the results over each; differentiable.
 
@@ -285,7 +273,7 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     >>> o, lse = llmfast.merge_attention(*attention(q, k1, v1, return_lse=True), *attention(q, k2, v2, return_lse=True))
     """
     for name, o, lse in (("o_a", o_a, lse_a), ("o_b", o_b, lse_b)):
-        if _tensor(o, name).shape[:-1] != _tensor(lse, f"lse{name[1:]}").shape:
+        if arguments.tensor(o, name).shape[:-1] != arguments.tensor(lse, f"lse{name[1:]}").shape:
             raise ValueError(f"{name}: expected shape (*{tuple(lse.shape)}, Dv) to match its lse, got {tuple(o.shape)}")
     if o_a.shape != o_b.shape:
         raise ValueError(f"o_b: expected o_a's shape {tuple(o_a.shape)}, got {tuple(o_b.shape)}")
@@ -297,7 +285,6 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     l = l.masked_fill(empty, 1.0)
     o = (o_a * a[..., None] + o_b * b[..., None]) / l[..., None]
     return o.to(o_a.dtype), (torch.log(l) + m).masked_fill(empty, float("-inf"))
-
 
 def softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
@@ -320,7 +307,6 @@ def softmax(
     """
     return _softmax(x, dim, scale, mask, bias, causal, out, backend, False)
 
-
 def log_softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
     causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
@@ -331,24 +317,23 @@ def log_softmax(
     """
     return _softmax(x, dim, scale, mask, bias, causal, out, backend, True)
 
-
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
-    if _tensor(x, "x").dtype not in _FLOATS:
-        raise TypeError(f"x: expected a floating dtype of {_names(_FLOATS)}, got {x.dtype}")
-    if x.is_cuda and _autocast("cuda") and x.dtype in (torch.float16, torch.bfloat16):
+    if arguments.tensor(x, "x").dtype not in arguments.FLOATS:
+        raise TypeError(f"x: expected a floating dtype of {arguments.dtype_names(arguments.FLOATS)}, got {x.dtype}")
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # as PyTorch's autocast does on CUDA, not on CPU
     rank = x.dim()
     if not -max(rank, 1) <= dim < max(rank, 1):
         raise IndexError(f"dim: expected one of the {rank} dimensions of x, got {dim}")
-    spec = SoftmaxSpec(_real(scale, "scale"), OPEN, log)
+    spec = SoftmaxSpec(arguments.real(scale, "scale"), OPEN, log)
     extras = NO_SOFTMAX_EXTRAS
     if out is not None:
-        if _tensor(out, "out").shape != x.shape or out.dtype != x.dtype or out.device != x.device:
-            raise ValueError(f"out: expected {_say(x)}, got {_say(out)}")
+        if arguments.tensor(out, "out").shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+            raise ValueError(f"out: expected {arguments.say(x)}, got {arguments.say(out)}")
         if ops.needs_grad(x, bias, out):
             raise ValueError("out: can't be given where a gradient is needed")
     if mask is not None or bias is not None:
-        extras = SoftmaxExtras(_check_mask(mask, x.shape, x), _check_bias(bias, x.shape, x))
+        extras = SoftmaxExtras(arguments.mask_of(mask, x.shape, x), arguments.bias_of(bias, x.shape, x))
     move = (lambda t: t) if dim in (-1, rank - 1) else (lambda t: t.transpose(dim, -1))
 
     def four(t):  # (L0, L1, M, N) with the softmax over N
@@ -363,7 +348,7 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
         if rank < 2:
             raise ValueError("causal: x needs a dimension of rows before dim")
         M, N = move(x).shape[-2:]
-        _, right = _band(causal, None, M, N)
+        _, right = arguments.band(causal, None, M, N)
         spec = spec._replace(offset=right + N - M)
     if rank == 4 and dim in (-1, 3):
         return ops.softmax(x, out, spec, extras, backend)
@@ -374,173 +359,3 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
             out.copy_(move(y.reshape(move(x).shape)))
         return out
     return move(y.reshape(move(x).shape))
-
-
-# ---- checks: one exception for each kind of mistake, naming the argument
-
-
-def _say(t):
-    return f"{tuple(t.shape)} {str(t.dtype)[6:]} on {t.device}"
-
-
-def _names(dtypes):
-    return ", ".join(str(d)[6:] for d in dtypes)
-
-
-def _tensor(t, name):
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
-    return t
-
-
-def _real(x, name):
-    if isinstance(x, (float, int, torch.SymFloat)) or isinstance(x, Real):
-        return float(x) if type(x) is not torch.SymFloat else x
-    raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
-
-
-def _same_device(t, name, q):
-    if t.device != q.device:
-        raise ValueError(f"{name}: is on {t.device} and q on {q.device}")
-
-
-def _cast(q, k, v, bias):
-    """Under autocast q, k, v and bias take its dtype, as in PyTorch's scaled_dot_product_attention."""
-    if not (isinstance(q, Tensor) and ((q.is_cpu and _autocast("cpu")) or (q.is_cuda and _autocast("cuda")))):
-        return q, k, v, bias
-    dtype = torch.get_autocast_dtype(q.device.type)
-    cast = lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
-    return cast(q), cast(k), cast(v), cast(bias)
-
-
-def _check_qkv(q, k, v, names=("q", "k", "v"), paged=False):
-    """Shapes, dtypes and devices of q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv): H, Nq, Nk."""
-    for name, t in zip(names, (q, k, v), strict=True):
-        if _tensor(t, name).dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, sequence, head dim), got shape {tuple(t.shape)}")
-    (B, H, Nq, D), (Bk, Hk, Nk, Dk), dtype = q.shape, k.shape, q.dtype
-    if v.shape[:3] != (Bk, Hk, Nk):
-        raise ValueError(f"{names[2]}: expected shape {(Bk, Hk, Nk, 'Dv')} to match {names[1]}, got {tuple(v.shape)}")
-    if Bk != B and not paged:
-        raise ValueError(f"{names[1]}: expected batch {B} as in {names[0]}, got shape {tuple(k.shape)}")
-    if Dk != D:
-        raise ValueError(f"{names[1]}: expected head dim {D} as in {names[0]}, got shape {tuple(k.shape)}")
-    if H != Hk and (Hk == 0 or H % Hk):
-        raise ValueError(f"{names[1]}: its heads must divide {names[0]}'s, got {Hk} and {H}")
-    if k.dtype is not dtype or v.dtype is not dtype:
-        raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"{names[0]}: expected a dtype of {_names(_FLOATS)}, got {dtype}")
-    if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one device, got {q.device}, {k.device}, {v.device}")
-    return H, Nq, Nk
-
-
-def _scale(scale, q):
-    return (q.shape[-1] or 1) ** -0.5 if scale is None else scale if type(scale) is float else _real(scale, "scale")
-
-
-def _numbers(softcap, dropout_p):
-    if softcap == 0.0 and dropout_p == 0.0:
-        return 0.0, 0.0
-    softcap, dropout_p = _real(softcap, "softcap"), _real(dropout_p, "dropout_p")
-    if not 0 <= softcap < float("inf"):
-        raise ValueError(f"softcap: expected a finite number >= 0, got {softcap}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1], got {dropout_p}")
-    return softcap, dropout_p
-
-
-def _band(causal, window, Nq, Nk):
-    """(left, right) about the bottom-right diagonal."""
-    if causal is not True and causal is not False and causal != "top_left":
-        raise ValueError(f'causal: expected True, False or "top_left", got {causal!r}')
-    left, right = OPEN, 0 if causal else OPEN
-    if window is not None:
-        if isinstance(window, (tuple, list)):
-            if len(window) != 2 or not all(isinstance(w, int) for w in window):
-                raise ValueError(f"window: expected (left, right) integers, got {window!r}")
-            left, wr = (OPEN if w < 0 else min(w, OPEN) for w in window)
-            right = min(right, wr)
-        elif isinstance(window, int) and not isinstance(window, bool):
-            if window < 1:
-                raise ValueError(f"window: expected at least 1 key, got {window}")
-            left = min(window - 1, OPEN)
-            right = min(right, left)
-        else:
-            raise TypeError(f"window: expected an int or a pair of ints, got {type(window).__name__}")
-    if causal == "top_left":  # from the top-left diagonal to the bottom-right one
-        left, right = (left if left == OPEN else left + Nk - Nq), right + Nq - Nk
-    return left, right
-
-
-def _check_broadcast(t, name, shape, q):
-    if t.dim() > len(shape) or any(n not in (1, m) for n, m in zip(reversed(t.shape), reversed(shape), strict=False)):
-        raise ValueError(f"{name}: shape {tuple(t.shape)} does not broadcast to {tuple(shape)}")
-    _same_device(t, name, q)
-    return t[(None,) * (len(shape) - t.dim())] if t.dim() < len(shape) else t
-
-
-def _check_mask(mask, shape, q):
-    if mask is None:
-        return None
-    if _tensor(mask, "mask").dtype is not torch.bool:
-        raise TypeError(f"mask: expected bool, True = may attend, got {mask.dtype}; a float mask is given as bias")
-    return _check_broadcast(mask, "mask", shape, q)
-
-
-def _check_bias(bias, shape, q):
-    if bias is None:
-        return None
-    if _tensor(bias, "bias").dtype not in _FLOATS:
-        raise TypeError(f"bias: expected a floating dtype, got {bias.dtype}; a bool mask is given as mask")
-    return _check_broadcast(bias, "bias", shape, q)
-
-
-def _check_slopes(slopes, B, q):
-    if slopes is None:
-        return None
-    if _tensor(slopes, "alibi_slopes").dtype is not torch.float32:
-        raise TypeError(f"alibi_slopes: expected float32, got {slopes.dtype}")
-    if tuple(slopes.shape) not in ((q.shape[1],), (B, q.shape[1])):
-        raise ValueError(f"alibi_slopes: expected ({q.shape[1]},) or ({B}, {q.shape[1]}), got shape {tuple(slopes.shape)}")
-    if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes: has no gradient; give the differentiable term as bias, or detach it")
-    _same_device(slopes, "alibi_slopes", q)
-    return slopes
-
-
-def _check_sinks(sinks, q):
-    if sinks is None:
-        return None
-    if _tensor(sinks, "sinks").dtype not in _FLOATS:
-        raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
-    if tuple(sinks.shape) != (q.shape[1],):
-        raise ValueError(f"sinks: expected ({q.shape[1]},), one for each head, got shape {tuple(sinks.shape)}")
-    _same_device(sinks, "sinks", q)
-    return sinks
-
-
-def _check_lengths(t, name, q, size=None):
-    if _tensor(t, name).dtype is not torch.int32:
-        raise TypeError(f"{name}: expected int32, got {t.dtype}")
-    if t.dim() != 1 or (t.shape[0] != size if size is not None else t.shape[0] < 1):
-        raise ValueError(f"{name}: expected shape ({'B + 1' if size is None else size},), got {tuple(t.shape)}")
-    _same_device(t, name, q)
-
-
-def _seed(seed, dropout_p, q):
-    if dropout_p == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=q.device)
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        if not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed: expected 64 bits, got {seed}")
-        return torch.tensor(seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=q.device)
-    if _tensor(seed, "seed").dtype is not torch.int64 or seed.numel() != 1:
-        raise ValueError(f"seed: expected one int64, got {_say(seed)}")
-    _same_device(seed, "seed", q)
-    return seed.reshape(())
-
-
