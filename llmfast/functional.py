@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .backends import reference
+from .backends import cpu, reference
 from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, OPEN, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -50,6 +50,12 @@ def attention(
     >>> q, k, v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
     >>> o = llmfast.attention(q, k, v, causal=True, window=256)
     """
+    common = mask is None and bias is None and alibi_slopes is None and sinks is None and window is None and backend is None
+    if common and softcap == 0.0 and dropout_p == 0.0 and not return_lse and ops.undisturbed():
+        code = 0 if causal is False else 1 if causal is True else 2 if causal == "top_left" else None
+        o = None if code is None else cpu.attention_fast(q, k, v, code, scale, True)
+        if o is not None:
+            return o
     q, k, v, bias = _cast(q, k, v, bias)
     H, Nq, Nk = _check_qkv(q, k, v)
     left, right = OPEN, OPEN
@@ -86,6 +92,10 @@ def scaled_dot_product_attention(
 
     >>> o = llmfast.scaled_dot_product_attention(q, k, v, is_causal=True)
     """
+    if attn_mask is None and dropout_p == 0.0 and ops.undisturbed():
+        o = cpu.attention_fast(query, key, value, 2 if is_causal else 0, scale, enable_gqa)
+        if o is not None:
+            return o
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask: give attn_mask or is_causal, not both")

@@ -8,7 +8,7 @@ fake implementation and autograd; a raw-pointer call on such tensors would crash
 import torch
 from torch import Tensor
 
-from .backends import ORDER, check_name, forced, pick, reference
+from .backends import ORDER, check_name, forced, pick, reference, unforced
 from .spec import NO_EXTRAS, AttentionSpec, Extras, Grads, SoftmaxExtras, SoftmaxSpec, schema
 
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
@@ -17,6 +17,7 @@ _compiling = torch.compiler.is_compiling
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private: without them every call takes the operator
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _grad_enabled = torch.is_grad_enabled
+_autocast = torch.is_autocast_enabled
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -29,6 +30,13 @@ def plain(*tensors: Tensor | None) -> bool:
         if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
             return False
     return True
+
+
+def undisturbed() -> bool:
+    """True in ordinary eager code: no tracing, modes, transforms or autocast, no `use_backend` or `explain` around the call."""
+    if _compiling() or _dispatch_modes is None or _functorch_level is None or _autocast("cpu"):
+        return False
+    return not _dispatch_modes() and _functorch_level() is None and unforced()
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -11,11 +11,13 @@ namespace attention_fwd {
 constexpr int kRows = 64, kKeys = 96, kStrip = 16;
 constexpr int kTileV = kLanes == 16 ? 4 : 2;  // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
-#ifdef __FMA__
-constexpr int64_t kChunk = 64;  // head dims summed in one accumulator: as accurate as a BLAS
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+constexpr bool kFma = true;
 #else
-constexpr int64_t kChunk = 16;  // each product is rounded too
+constexpr bool kFma = false;
 #endif
+template <class C>  // head dims summed in one accumulator, so that long sums err no more than a BLAS
+constexpr int64_t kChunk = std::is_same_v<C, double> ? 16 : kFma ? 64 : 32;
 
 template <class T>
 constexpr bool kPairs = std::is_same_v<T, bf16> && kDotBf16;
@@ -62,10 +64,10 @@ LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
 template <int R, int V, class C, class U>
 LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units, C* s) {
   constexpr int L = kLanesOf<C>;
-  for (int64_t d0 = 0; d0 == 0 || d0 < units; d0 += kChunk) {
+  for (int64_t d0 = 0; d0 == 0 || d0 < units; d0 += kChunk<C>) {
     vec_of<C> acc[R][V];
     LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
-    for (int64_t d = d0; d < min(units, d0 + kChunk); d++) {
+    for (int64_t d = d0; d < min(units, d0 + kChunk<C>); d++) {
       decltype(load(qt)) q[V];
       LLMFAST_UNROLL for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
       LLMFAST_UNROLL for (int r = 0; r < R; r++) {
@@ -464,7 +466,8 @@ void run(const AttentionForward& a) {
   const int64_t H = a.q.size[1], D = a.q.size[3], Dv = a.v.size[3], group = a.k.size[1] ? H / a.k.size[1] : 1;
   const int64_t B = sequences(a.q, a.extras), wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
   const double scale = __builtin_fabs(a.spec.scale);
-  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20;
+  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 ||
+                       scale < 1e-20 || std::is_same_v<C, double>;
   if (a.extras.cu_seqlens_q)  // rows that no sequence covers
     for (int64_t h = 0; h < H; h++)
       for (int64_t i = 0; i < a.q.size[2]; i++) {

@@ -106,10 +106,10 @@ LLMFAST_INLINE vec exp2(vec x, float c) {
   vec f = x * c - (t - 12582912.f);
   return exp2_fraction(f) * (vec)(((ivec)t << 23) + (127 << 23));
 }
-LLMFAST_INLINE dvec exp2(dvec x, double c) {
+LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
   dvec t = x * c + 6755399441055744.;  // 1.5 * 2^52
-  dvec f = x * c - (t - 6755399441055744.);
+  dvec f = x * c - (t - 6755399441055744.) + x * (c * 1.4109e-17);  // what log2(e) has beyond a double
   return exp2_fraction(f) * (dvec)(((lvec)t << 52) + (int64_t{1023} << 52));
 }
 LLMFAST_INLINE vec exp2(vec x) { return exp2(x, 1.f); }

@@ -69,6 +69,11 @@ def forced() -> str | None:
     return _forced.get()
 
 
+def unforced() -> bool:
+    """No `use_backend` or `explain` is around this call."""
+    return _forced.get() is None and not _explaining.get()
+
+
 def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = False) -> Op:
     """The Op that runs a problem; inputs are its tensors, spec and extras."""
     name = name or _forced.get()

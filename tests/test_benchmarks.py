@@ -1,0 +1,66 @@
+"""The benchmark's own machinery: a run from end to end on tiny shapes, compare, plot, and the rows that fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+from benchmarks import bench_attention, bench_softmax, measure
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmarks(*arguments):
+    return subprocess.run([sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_run_compare_plot(tmp_path):
+    options = ("--lengths", "16,32", "--budget", "0.01", "--no-check", "--out", tmp_path)
+    out = benchmarks("run", "attention", "softmax", *options)
+    assert out.returncode == 0, out.stdout + out.stderr
+    assert "in geometric mean" in out.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    found = json.loads(path.read_text())
+    assert {"commit", "machine", "torch", "peaks", "load"} <= found["environment"].keys()
+    ours = [r for r in found["rows"] if r["provider"] == "llmfast"]
+    assert len(ours) == 16 + 10
+    assert all(r["seconds"] > 0 and r["error"] < 0.02 and r["ratio"] > 0 for r in ours)
+    assert benchmarks("compare", path, path).returncode == 0
+    slower = json.loads(path.read_text())
+    next(r for r in slower["rows"] if r["provider"] == "llmfast")["ratio"] /= 2
+    (tmp_path / "slower").mkdir()
+    (tmp_path / "slower/x.json").write_text(json.dumps(slower))
+    out = benchmarks("compare", path, tmp_path / "slower/x.json")
+    assert out.returncode == 1
+    assert "1 rows slower" in out.stdout
+    assert benchmarks("plot", path, "--out", tmp_path / "again.png").returncode == 0
+
+
+def test_work_is_counted_once():
+    shape = bench_attention.Shape("float32", 2, 4, 4, 128, 64, False, False)
+    assert bench_attention.work(shape) == (4 * 2 * 4 * 128 * 128 * 64, "FLOP/s")
+    assert bench_attention.work(shape._replace(causal=True, backward=True))[0] == 5 * 2 * 4 * 128 * 128 * 64
+    assert bench_softmax.work(bench_softmax.Shape("bfloat16", 8, 16, False)) == (2 * 8 * 16 * 2, "B/s")
+
+
+def test_error_of_something_not_finite():
+    x = torch.ones(3)
+    assert measure.error(x, x) == 0
+    assert measure.error(x / 0, x) == float("inf")
+
+
+def test_interleave_counts_every_contender():
+    calls = [0, 0]
+
+    def count(i):
+        calls[i] += 1
+        torch.ones(1000).sum()
+
+    timings = measure.interleave([lambda: count(0), lambda: count(1)], budget=0.01, threads=1)
+    assert len(timings) == 2
+    assert calls[0] == calls[1] >= 6
