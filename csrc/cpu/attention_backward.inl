@@ -372,7 +372,7 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     int64_t d = 0;
-    for (; d + kChunk < units; d += kChunk) scores<kSum>(x, w, run, qs, w.kt, w.p, d, kChunk);
+    for (; d + kChunk<C> < units; d += kChunk<C>) scores<kSum>(x, w, run, qs, w.kt, w.p, d, kChunk<C>);
     if (adjusts) {
       scores<kSum>(x, w, run, qs, w.kt, w.p, d, units - d);
       weights(x, w, run);
