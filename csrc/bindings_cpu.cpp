@@ -79,4 +79,17 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels->attention_forward(p);
   });
+  m.def("attention_backward", [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta,
+                                 py::handle dq, py::handle dk, py::handle dv, py::handle dbias, py::handle dsinks,
+                                 const py::tuple& s, const py::tuple& e) {
+    AttentionBackward p{view(dout), view(q),  view(k),     view(v),      Tensor{},          view(lse), view(delta), view(dq),
+                        view(dk),   view(dv), view(dbias), view(dsinks), attention_spec(s), extras(e)};
+    py::gil_scoped_release release;
+    kernels->attention_backward(p);
+  });
+  m.def("rowdot", [](py::handle o, py::handle dout, py::handle delta) {
+    const Tensor x = view(o), y = view(dout), d = view(delta);
+    py::gil_scoped_release release;
+    kernels->rowdot(x, y, d);
+  });
 }

@@ -8,6 +8,8 @@ struct Kernels {
   const char* name;
   void (*attention_forward)(const AttentionForward&);
   double (*peak)(Dtype);
+  void (*attention_backward)(const AttentionBackward&);
+  void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;

@@ -3,6 +3,7 @@
 
 #include "cpu/sequence.inl"
 #include "cpu/attention_forward.inl"
+#include "cpu/attention_backward.inl"
 #include "cpu/peak.inl"
 
 #define LLMFAST_NAME_(x) #x
@@ -13,5 +14,7 @@ const Kernels LLMFAST_TABLE = {
     LLMFAST_NAME(LLMFAST_ISA),
     LLMFAST_ISA::attention_forward,
     LLMFAST_ISA::peak,
+    LLMFAST_ISA::attention_backward,
+    LLMFAST_ISA::rowdot,
 };
 }  // namespace llmfast::cpu

@@ -197,11 +197,15 @@ LLMFAST_INLINE vec loadu(const bf16* p) {
   return (vec)(__builtin_convertvector(h, wvec) << 16);
 }
 LLMFAST_INLINE void storeu(bf16* p, vec x) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#else
   typedef uint16_t half __attribute__((vector_size(kLanes * 2)));
   wvec u = (wvec)x;
   wvec r = (x != x) ? wvec{} + 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
   half h = __builtin_convertvector(r, half);
   __builtin_memcpy(p, &h, sizeof h);
+#endif
 }
 LLMFAST_INLINE vec loadu(const uint8_t* p) {
   typedef uint8_t bytes __attribute__((vector_size(kLanes)));

@@ -5,6 +5,7 @@ import os
 import torch
 
 from ..ops import like, lse_dtype
+from ..spec import Grads
 from . import Op
 
 try:
@@ -53,4 +54,21 @@ def _attention_forward(q, k, v, spec, extras, need_lse=True):
     return o, lse
 
 
-attention = Op(_attention_supports, _attention_forward, None)
+def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
+    do, q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (do, q, k, v))
+    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    wide = lambda t: None if t is None else torch.zeros(t.shape, dtype=lse.dtype)
+    dbias, dsinks = wide(extras.bias), wide(extras.sinks)
+    _cpu.attention_backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras)
+    narrow = lambda t, like: None if t is None else t.to(like.dtype)
+    return Grads(dq, dk, dv, narrow(dbias, extras.bias), narrow(dsinks, extras.sinks))
+
+
+def _rowdot(o, do):
+    o, do = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (o, do))
+    delta = torch.empty(o.shape[:3], dtype=lse_dtype(o))
+    _cpu.rowdot(o, do, delta)
+    return delta
+
+
+attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot)

@@ -1,0 +1,641 @@
+// Attention backward in one pass: P = exp(scale q k^T - lse), dV = P^T dO, dS = P (dO V^T - delta), dK = scale dS^T Q, dQ = scale dS K.
+//
+// The outer loop runs over blocks of 64 keys, the inner one over blocks of 64 queries. For S and dP lanes are keys: K^T and V^T are
+// made once for a key block, Q and dO are broadcast from their rows. For dV, dK and dQ lanes are head dims: P and dS are broadcast,
+// dO, Q and K are read row by row. So every product is one micro-kernel, and nothing else is transposed. Each product starts from
+// zero and is added once per block: longer sums cost accuracy. Where the machine has bf16 dot products a unit is a pair: of head
+// dims for S and dP, of queries for dV and dK, of keys for dQ. Other half precision is copied block by block to float32 scratch.
+//
+// dQ is summed over chunks of key blocks whose number follows from Nk alone, and the chunks are added in order: its bits are the
+// same whether one thread walks through the chunks of a head or several share them.
+namespace llmfast::cpu::LLMFAST_ISA {
+namespace attention_bwd {
+
+using attention_fwd::kChunk, attention_fwd::kPairs, attention_fwd::multiply_add, attention_fwd::read, attention_fwd::tiles,
+    attention_fwd::unit, attention_fwd::vectors;
+
+constexpr int kBlock = 64, kStrip = 16, kStrips = kBlock / kStrip;
+constexpr int64_t kChunkKeys = 512, kMaxChunks = 16;  // adding a chunk's dQ costs about 1 % of what computes it
+
+template <class T>
+struct Workspace {
+  using C = compute<T>;
+  using U = unit<T>;
+  U *kt, *vt;             // (D, 64) and (Dv, 64), in units
+  U *k_rows, *q_rows, *do_rows;  // (64, D), pairs (32, D)
+  char *k_copy, *q_copy, *do_copy;  // (64, D) where the rows can't be read in place
+  C *p, *s, *dropped;     // (64 queries, 64 keys)
+  C *cap, *kept;          // the softcap's derivative; 1 / (1 - dropout_p) or 0
+  U *p_pairs, *s_pairs;   // (32 query pairs, 64)
+  bf16* s_rows;           // (64, 64)
+  C *dk, *dv;             // (64, D), (64, Dv)
+  alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock];
+};
+
+// Queries [i0, i0 + nq) against keys [j0, j0 + nk) of one head; key j lies offset = Nk - Nq right of query j.
+template <class T>
+struct Block {
+  const AttentionBackward& a;
+  Sequence seq;
+  int64_t h, i0, nq, j0, nk, offset;
+};
+
+// Rows [r0, r1) of a block, which see its strips [c0, c1) of 16 keys; not all of them where it is an edge.
+struct Run {
+  int r0, r1, c0, c1;
+  bool edge;
+};
+
+// n rows as the products read them: broadcast from rows (a stride in bytes), or as vectors of units (a stride in units).
+template <class U>
+struct Staged {
+  const char* rows;
+  int64_t stride;
+  const U* units;
+  int64_t units_stride;
+};
+
+constexpr int64_t wide(int64_t D) { return (D + 31) / 32 * 32; }
+
+template <class T>
+LLMFAST_INLINE Staged<unit<T>> stage(const T* x, int64_t stride, int64_t n, int64_t D, char* copy, unit<T>* units) {
+  using C = compute<T>;
+  const int64_t W = wide(D);
+  if constexpr (kPairs<T>) {
+    if (D % (2 * kLanes)) {
+      T* to = reinterpret_cast<T*>(copy);
+      for (int64_t i = 0; i < n; i++) memcpy(to + i * W, x + i * stride, D * 2), memset(to + i * W + D, 0, (W - D) * 2);
+      x = to, stride = W;
+    }
+    if (units)
+      for (int64_t i = 0; i < n; i += 2)
+        for (int64_t d = 0; d < W; d += 2 * kLanes) {
+          const int32_t* at = reinterpret_cast<const int32_t*>(x + i * stride + d);
+          ivec low, high;
+          interleave(loadu(at), i + 1 < n ? loadu(reinterpret_cast<const int32_t*>(x + (i + 1) * stride + d)) : ivec{}, low, high);
+          store(units + i / 2 * W + d, low), store(units + i / 2 * W + d + kLanes, high);
+        }
+    return {reinterpret_cast<const char*>(x), stride * 2, units, W};
+  } else {
+    if constexpr (std::is_same_v<T, C>)
+      if (D % kLanesOf<C> == 0) return {reinterpret_cast<const char*>(x), stride * int64_t(sizeof(C)), x, stride};
+    C* to = reinterpret_cast<C*>(copy);
+    for (int64_t i = 0; i < n; i++) widen(x + i * stride, D, to + i * W);
+    return {copy, W * int64_t(sizeof(C)), to, W};
+  }
+}
+
+// (n, units) -> (units, 64), rows past n are zero
+template <class U>
+void transpose_rows(const Staged<U>& x, int64_t n, int64_t units, U* to) {
+  using V = decltype(load(to));
+  constexpr int L = sizeof(V) / sizeof(U);
+  for (int64_t g = 0; g < kBlock; g += L)
+    for (int64_t d = 0; d < units; d += L) {
+      V r[L];
+      LLMFAST_UNROLL for (int i = 0; i < L; i++)
+        r[i] = g + i < n ? loadu(reinterpret_cast<const U*>(x.rows + (g + i) * x.stride) + d) : V{};
+      transpose(r);
+      LLMFAST_UNROLL for (int i = 0; i < L; i++) store(to + (d + i) * kBlock + g, r[i]);
+    }
+}
+
+// acc[r][v] = sum over k of a[r ar + k ak] * b[k bk + v]: R rows x V vectors; strides of a in bytes
+template <int R, int V, class C, class U, class F>
+LLMFAST_INLINE void product(const char* a, int64_t ar, int64_t ak, const U* b, int64_t bk, int64_t n, F&& finish) {
+  vec_of<C> acc[R][V];
+  LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
+  for (int64_t k = 0; k < n; k++) {
+    decltype(load(b)) y[V];
+    LLMFAST_UNROLL for (int v = 0; v < V; v++) y[v] = loadu(b + k * bk + v * kLanesOf<C>);
+    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+      U x = read<U>(a + r * ar + k * ak, 0);
+      LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, y[v]);
+    }
+  }
+  finish(acc);
+}
+
+// c (rows, D) += a b
+template <class C, class U>
+__attribute__((noinline)) void add_product(C* c, int64_t sc, int64_t rows, int64_t D, const char* a, int64_t ar, int64_t ak,
+                                           const U* b, int64_t bk, int64_t n) {
+  constexpr int L = kLanesOf<C>;
+  vectors(0, static_cast<int>((D + L - 1) / L), [&](int g, auto V) {
+    tiles<V.value>(rows, [&](int64_t r, auto R) {
+      product<R.value, V.value, C>(a + r * ar, ar, ak, b + g * L, bk, n, [&](auto& acc) {
+        C* to = c + r * sc + g * L;
+        LLMFAST_UNROLL for (int i = 0; i < R.value; i++)
+            LLMFAST_UNROLL for (int v = 0; v < V.value; v++) storeu(to + i * sc + v * L, loadu(to + i * sc + v * L) + acc[i][v]);
+      });
+    });
+  });
+}
+
+template <class C>
+LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
+  if constexpr (std::is_same_v<C, double>) {
+    return exp2(x, 1.4426950408889634);
+  } else {
+    return exp(x);
+  }
+}
+
+// x for the keys of vector v that query row sees, 0 for the others
+template <class T>
+LLMFAST_INLINE vec_of<compute<T>> visible(const Block<T>& x, int64_t row, int v, vec_of<compute<T>> y) {
+  using C = compute<T>;
+  const int64_t diagonal = x.i0 + row + x.offset - x.j0 - v * kLanesOf<C>;  // the lane that query row lies above
+  const C low = static_cast<C>(clamp(diagonal - x.a.spec.left, -1, kBlock));
+  const C high = static_cast<C>(min(clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk - 1 - v * kLanesOf<C>));
+  return (iota<C>() < low) | (iota<C>() > high) ? vec_of<C>{} : y;
+}
+
+enum Pass { kSum, kWeights, kGradients };
+
+// Over the rows and strips of a run: kSum adds a b to S; kWeights makes P of scale (S + a b), kGradients dS of dP = a b, with what
+// the products that follow read of them.
+template <Pass kPass, class T>
+void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<unit<T>>& a, const unit<T>* b, compute<T>* sums,
+            int64_t first, int64_t units) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>, kVectors = kStrip / L;
+  const C scale = static_cast<C>(x.a.spec.scale);
+  vectors(run.c0 * kVectors, run.c1 * kVectors, [&](int g, auto V) {
+    tiles<V.value>(run.r1 - run.r0, [&](int64_t r, auto R) {
+      const int64_t row = run.r0 + r;
+      product<R.value, V.value, C>(
+          a.rows + row * a.stride + first * int64_t(sizeof(*b)), a.stride, sizeof(*b), b + first * kBlock + g * L, kBlock, units, [&](auto& acc) {
+            LLMFAST_UNROLL for (int i = 0; i < R.value; i++) LLMFAST_UNROLL for (int v = 0; v < V.value; v++) {
+              const int64_t at = (row + i) * kBlock + (g + v) * L;
+              vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
+              if constexpr (kPass == kWeights) y = exponential<C>(y * scale - w.lse[row + i]);
+              if constexpr (kPass == kGradients) y = load(w.p + at) * (y * scale - w.delta[row + i]);
+              if constexpr (kPass != kSum) {
+                if (run.edge) y = visible(x, row + i, g + v, y);
+                acc[i][v] = y;
+              }
+              if constexpr (!(kPairs<T> && kPass == kGradients)) store(sums + at, y);
+            }
+            if constexpr (kPairs<T> && kPass != kSum)
+              LLMFAST_UNROLL for (int i = 0; i < R.value; i += 2) LLMFAST_UNROLL for (int v = 0; v < V.value; v++) {
+                constexpr bool kOdd = R.value % 2;
+                const int64_t at = (row + i) / 2 * kBlock + (g + v) * L;
+                store((kPass == kWeights ? w.p_pairs : w.s_pairs) + at, pairs(acc[i][v], kOdd ? vec{} : acc[i + !kOdd][v]));
+                if constexpr (kPass == kGradients) {
+                  storeu(w.s_rows + (row + i) * kBlock + (g + v) * L, acc[i][v]);
+                  if constexpr (!kOdd) storeu(w.s_rows + (row + i + 1) * kBlock + (g + v) * L, acc[i + 1][v]);
+                }
+              }
+          });
+    });
+  });
+}
+
+// n elements of a row of a mask or bias, widened
+template <class E, class C>
+LLMFAST_INLINE void row_of(const E* p, int64_t stride, int64_t n, C* to) {
+  if constexpr (std::is_same_v<C, float> && !std::is_same_v<E, double>)
+    if (stride == 1) {
+      int64_t j = 0;
+      for (; j + kLanes <= n; j += kLanes) store(to + j, loadu(p + j));
+      if (j < n) store(to + j, load_part(p + j, n - j));
+      return;
+    }
+  for (int64_t j = 0; j < n; j++) to[j] = static_cast<C>(to_float(p[j * stride]));
+}
+template <class C>
+LLMFAST_INLINE void row_of(const Tensor& t, int64_t at, int64_t n, C* to) {
+  const int64_t stride = t.stride[3];
+  switch (t.dtype) {
+    case Dtype::kFloat32: return row_of(reinterpret_cast<const float*>(t.data) + at, stride, n, to);
+    case Dtype::kBFloat16: return row_of(reinterpret_cast<const bf16*>(t.data) + at, stride, n, to);
+    case Dtype::kFloat16: return row_of(reinterpret_cast<const f16*>(t.data) + at, stride, n, to);
+    case Dtype::kBool: return row_of(reinterpret_cast<const uint8_t*>(t.data) + at, stride, n, to);
+    default: return row_of(reinterpret_cast<const double*>(t.data) + at, stride, n, to);
+  }
+}
+
+// What dropout leaves of a row's 64 keys: 1 / (1 - p) or 0.
+template <class T>
+LLMFAST_INLINE void keep_row(const Block<T>& x, int64_t row, compute<T>* kept) {
+  using C = compute<T>;
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  const double p = x.a.spec.dropout_p;
+  const C inverse = p < 1 ? static_cast<C>(1 / (1 - p)) : C(0);
+  const uint32_t threshold = static_cast<uint32_t>(p < 1 ? p * 4294967296. : 0);
+  const uint64_t key = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(x.a.extras.seed.data));
+  for (int j = 0; j < kBlock; j += 4 * kLanes) {
+    wvec c[4] = {(wvec)iota<int32_t>() + static_cast<uint32_t>((x.j0 + j) / 4), wvec{} + static_cast<uint32_t>(x.i0 + row),
+                 wvec{} + static_cast<uint32_t>(x.h), wvec{} + static_cast<uint32_t>(x.seq.b)};
+    philox(c, key);
+    const wvec even[2] = {zip_low(c[0], c[2], lanes), zip_high(c[0], c[2], lanes)};
+    const wvec odd[2] = {zip_low(c[1], c[3], lanes), zip_high(c[1], c[3], lanes)};
+    for (int i = 0; i < 4; i++) {
+      const wvec words = i % 2 ? zip_high(even[i / 2], odd[i / 2], lanes) : zip_low(even[i / 2], odd[i / 2], lanes);
+      for (int lane = 0; lane < kLanes; lane++) kept[j + i * kLanes + lane] = words[lane] >= threshold ? inverse : C(0);
+    }
+  }
+}
+
+// P of the sums in w.p, with every option: softcap, bias, ALiBi, mask, band, dropout.
+template <class T>
+void weights(const Block<T>& x, Workspace<T>& w, const Run& run) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const AttentionSpec& spec = x.a.spec;
+  const Extras& e = x.a.extras;
+  const C scale = static_cast<C>(spec.scale), cap = static_cast<C>(spec.softcap);
+  const Tensor& slopes = e.alibi_slopes;
+  const C slope = slopes ? element<C>(slopes, slopes.dim == 2 ? x.seq.b * slopes.stride[0] + x.h * slopes.stride[1] : x.h * slopes.stride[0]) : C(0);
+  auto start = [&](const Tensor& t, int64_t r) {
+    return x.seq.b * t.stride[0] + x.h * t.stride[1] + (x.i0 + r) * t.stride[2] + x.j0 * t.stride[3];
+  };
+  for (int64_t r = run.r0; r < run.r1; r++) {
+    if (e.bias) row_of(e.bias, start(e.bias, r), x.nk, w.bias);
+    if (e.mask) row_of(e.mask, start(e.mask, r), x.nk, w.mask);
+    if (spec.dropout_p != 0) keep_row(x, r, w.kept + r * kBlock);
+    for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
+      const int64_t at = r * kBlock + g * L;
+      vec_of<C> y = load(w.p + at) * scale;
+      if (cap != 0) {
+        const vec_of<C> t = tanh(y * (1 / cap));
+        store(w.cap + at, 1 - t * t);
+        y = t * cap;
+      }
+      if (e.bias) y += load(w.bias + g * L);
+      if (slopes) y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;
+      y = exponential<C>(y - w.lse[r]);
+      if (e.mask) y = load(w.mask + g * L) == 0 ? vec_of<C>{} : y;
+      if (run.edge) y = visible(x, r, g, y);
+      store(w.p + at, y);
+      if (spec.dropout_p != 0) {
+        const vec_of<C> kept = load(w.kept + at);
+        store(w.dropped + at, kept == 0 ? vec_of<C>{} : y * kept);
+      }
+    }
+  }
+}
+
+// dS of P and of dP in w.s, with every option; dbias.
+template <class T>
+void gradients(const Block<T>& x, Workspace<T>& w, const Run& run) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const AttentionSpec& spec = x.a.spec;
+  const Tensor& db = x.a.dbias;
+  const C scale = static_cast<C>(spec.scale);
+  for (int64_t r = run.r0; r < run.r1; r++) {
+    C* const ds = w.s + r * kBlock;
+    for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
+      const int64_t at = r * kBlock + g * L;
+      vec_of<C> dp = load(w.s + at), p = load(w.p + at);
+      if (spec.dropout_p != 0) {
+        const vec_of<C> kept = load(w.kept + at);
+        dp = kept == 0 ? vec_of<C>{} : dp * kept;
+      }
+      store(w.s + at, p == 0 ? vec_of<C>{} : p * (dp - w.delta[r]));
+    }
+    if (db) {
+      C* to = reinterpret_cast<C*>(db.data) + x.seq.b * db.stride[0] + x.h * db.stride[1] + (x.i0 + r) * db.stride[2] + x.j0 * db.stride[3];
+      const int64_t end = min<int64_t>(run.c1 * kStrip, x.nk), step = db.stride[3];
+      if (step) {
+        for (int64_t j = run.c0 * kStrip; j < end; j++) to[j * step] += ds[j];
+      } else {
+        C sum = 0;
+        for (int64_t j = run.c0 * kStrip; j < end; j++) sum += ds[j];
+        *to += sum;
+      }
+    }
+    for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
+      const vec_of<C> y = load(ds + g * L) * scale;
+      store(ds + g * L, spec.softcap != 0 ? y * load(w.cap + r * kBlock + g * L) : y);
+    }
+  }
+  if constexpr (kPairs<T>) {
+    const C* p = spec.dropout_p != 0 ? w.dropped : w.p;
+    for (int64_t r = run.r0; r < run.r1; r += 2)
+      for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
+        const int64_t at = r * kBlock + g * L, next = at + kBlock;
+        const bool two = r + 1 < run.r1;
+        store(w.p_pairs + r / 2 * kBlock + g * L, pairs(load(p + at), two ? load(p + next) : vec{}));
+        store(w.s_pairs + r / 2 * kBlock + g * L, pairs(load(w.s + at), two ? load(w.s + next) : vec{}));
+        storeu(w.s_rows + at, load(w.s + at));
+        if (two) storeu(w.s_rows + next, load(w.s + next));
+      }
+  }
+}
+
+// The runs of rows of a block that see the same strips.
+template <class T>
+int runs_of(const Block<T>& x, Run (&runs)[kStrips]) {
+  int count = 0;
+  for (int r = 0; r < x.nq; r += kStrip) {
+    const int r1 = static_cast<int>(min<int64_t>(r + kStrip, x.nq));
+    const int64_t diagonal = x.i0 + r + x.offset - x.j0, span = r1 - 1 - r;
+    const int64_t low = diagonal - x.a.spec.left, high = diagonal + x.a.spec.right + 1;  // row r sees [low, high)
+    const int c0 = static_cast<int>(clamp(low, 0, x.nk) / kStrip), c1 = static_cast<int>((clamp(high + span, 0, x.nk) + kStrip - 1) / kStrip);
+    if (c1 <= c0) continue;
+    const bool edge = low + span > c0 * kStrip || high < c1 * kStrip || x.nk < c1 * kStrip;
+    Run* last = count ? runs + count - 1 : nullptr;
+    if (last && last->r1 == r && last->c0 == c0 && last->c1 == c1 && last->edge == edge) {
+      last->r1 = r1;
+    } else {
+      runs[count++] = {r, r1, c0, c1, edge};
+    }
+  }
+  return count;
+}
+
+// One block: adds to w.dk, w.dv and dq (rows of stride sdq, from query i0).
+template <class T>
+void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const Staged<unit<T>>& k, bool adjusts,
+           compute<T>* dq, int64_t sdq) {
+  using C = compute<T>;
+  using U = unit<T>;
+  constexpr int kPer = kPairs<T> ? 2 : 1;
+  const int64_t D = x.a.q.size[3], Dv = x.a.v.size[3];
+  Run runs[kStrips];
+  const int count = runs_of(x, runs);
+  if (!count) return;
+  const Staged<U> qs = stage(q, x.a.q.stride[2], x.nq, D, w.q_copy, w.q_rows);
+  const Staged<U> dos = stage(dout, x.a.dout.stride[2], x.nq, Dv, w.do_copy, w.do_rows);
+  auto at = [&](const Tensor& t) {
+    return reinterpret_cast<const C*>(t.data) + x.seq.batch * t.stride[0] + x.h * t.stride[1] + (x.seq.q0 + x.i0) * t.stride[2];
+  };
+  const C *lse = at(x.a.lse), *delta = at(x.a.delta), factor = adjusts ? C(1) : static_cast<C>(x.a.spec.scale);
+  for (int64_t i = 0; i < x.nq; i++) {
+    w.lse[i] = lse[i * x.a.lse.stride[2]], w.delta[i] = delta[i * x.a.delta.stride[2]] * factor;
+    if (w.lse[i] == -kInfOf<C>) w.lse[i] = kInfOf<C>;  // no key seen: P = 0
+  }
+  const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer;
+  for (int t = 0; t < count; t++) {
+    const Run& run = runs[t];
+    int64_t d = 0;
+    for (; d + kChunk<C> < units; d += kChunk<C>) scores<kSum>(x, w, run, qs, w.kt, w.p, d, kChunk<C>);
+    if (adjusts) {
+      scores<kSum>(x, w, run, qs, w.kt, w.p, d, units - d);
+      weights(x, w, run);
+    } else {
+      scores<kWeights>(x, w, run, qs, w.kt, w.p, d, units - d);
+    }
+  }
+  for (int t = 0; t < count; t++) {
+    const Run& run = runs[t];
+    if (adjusts) {
+      scores<kSum>(x, w, run, dos, w.vt, w.s, 0, units_v);
+      gradients(x, w, run);
+    } else {
+      scores<kGradients>(x, w, run, dos, w.vt, w.s, 0, units_v);
+    }
+  }
+  // dV and dK: neighbouring strips that the same rows see go together
+  const C* p = x.a.spec.dropout_p != 0 ? w.dropped : w.p;
+  const char* pc = reinterpret_cast<const char*>(kPairs<T> ? reinterpret_cast<const C*>(w.p_pairs) : p);
+  const char* sc = reinterpret_cast<const char*>(kPairs<T> ? reinterpret_cast<const C*>(w.s_pairs) : w.s);
+  int begin[kStrips], end[kStrips];
+  const int strips = static_cast<int>((x.nk + kStrip - 1) / kStrip);
+  for (int c = 0; c < strips; c++) {
+    begin[c] = end[c] = 0;
+    for (int t = 0; t < count; t++)
+      if (runs[t].c0 <= c && c < runs[t].c1) {
+        if (!end[c]) begin[c] = runs[t].r0;
+        end[c] = runs[t].r1;
+      }
+  }
+  for (int c = 0, u; c < strips; c = u) {
+    for (u = c + 1; u < strips && begin[u] == begin[c] && end[u] == end[c];) u++;
+    if (end[c] <= begin[c]) continue;
+    const int64_t j = c * kStrip, keys = min<int64_t>(u * kStrip, x.nk) - j;
+    const int64_t from = begin[c] / kPer, n = (end[c] + kPer - 1) / kPer - from, skip = (from * kBlock + j) * sizeof(U);
+    add_product(w.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U), dos.units + from * dos.units_stride,
+                dos.units_stride, n);
+    add_product(w.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U), qs.units + from * qs.units_stride,
+                qs.units_stride, n);
+  }
+  const char* rows = kPairs<T> ? reinterpret_cast<const char*>(w.s_rows) : sc;
+  const int64_t row_bytes = kBlock * (kPairs<T> ? 2 : sizeof(C));
+  for (int t = 0; t < count; t++) {
+    const Run& run = runs[t];
+    const int64_t from = run.c0 * kStrip / kPer, to = (min<int64_t>(run.c1 * kStrip, x.nk) + kPer - 1) / kPer;
+    add_product(dq + run.r0 * sdq, sdq, run.r1 - run.r0, D, rows + run.r0 * row_bytes + from * int64_t(sizeof(U)), row_bytes, sizeof(U),
+                k.units + from * k.units_stride, k.units_stride, to - from);
+  }
+}
+
+template <class T>
+LLMFAST_INLINE void narrow(const compute<T>* from, int64_t n, T* to) {
+  constexpr int L = kLanesOf<compute<T>>;
+  int64_t d = 0;
+  for (; d + L <= n; d += L) storeu(to + d, load(from + d));
+  if (d < n) store_part(to + d, load(from + d), n - d);
+}
+
+// dq of one sequence and the heads of one kv head: rows of heads, C wide.
+template <class C>
+struct Gradient {
+  C* data;
+  int64_t head, row;
+};
+
+// Key blocks [j0, j1) of one sequence and kv head against all queries: dk and dv, and their part of dq.
+template <class T>
+void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t group, int64_t j0, int64_t j1, bool adjusts,
+          Workspace<T>& w, const Gradient<compute<T>>& dq) {
+  constexpr int kPer = kPairs<T> ? 2 : 1;
+  const int64_t D = a.q.size[3], Dv = a.v.size[3], offset = s.Nk - s.Nq;
+  auto at = [&](const Tensor& t, int64_t head, int64_t row) {
+    return reinterpret_cast<T*>(t.data) + s.batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
+  };
+  for (; j0 < j1; j0 += kBlock) {
+    const int64_t nk = min<int64_t>(kBlock, s.Nk - j0);
+    const auto ks = stage<T>(at(a.k, hk, s.k0 + j0), a.k.stride[2], nk, D, w.k_copy, w.k_rows);
+    transpose_rows(ks, nk, (D + kPer - 1) / kPer, w.kt);
+    transpose_rows(stage<T>(at(a.v, hk, s.k0 + j0), a.v.stride[2], nk, Dv, w.do_copy, nullptr), nk, (Dv + kPer - 1) / kPer, w.vt);
+    memset(w.dk, 0, nk * wide(D) * sizeof(*w.dk)), memset(w.dv, 0, nk * wide(Dv) * sizeof(*w.dv));
+    const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq), end = clamp(j0 + nk - offset + a.spec.left, first, s.Nq);
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t i = first; i < end; i += kBlock) {
+        const int64_t h = hk * group + g;
+        const Block<T> x{a, s, h, i, min<int64_t>(kBlock, end - i), j0, nk, offset};
+        block<T>(x, w, at(a.q, h, s.q0 + i), at(a.dout, h, s.q0 + i), ks, adjusts, dq.data + g * dq.head + i * dq.row, dq.row);
+      }
+    for (int64_t j = 0; j < nk; j++) {
+      narrow<T>(w.dk + j * wide(D), D, at(a.dk, hk, s.k0 + j0 + j));
+      narrow<T>(w.dv + j * wide(Dv), Dv, at(a.dv, hk, s.k0 + j0 + j));
+    }
+  }
+}
+
+// The chunks of a sequence, and the first key of chunk c.
+LLMFAST_INLINE int64_t chunks(int64_t Nk) { return clamp(Nk / kChunkKeys, 1, kMaxChunks); }
+LLMFAST_INLINE int64_t chunk_start(int64_t Nk, int64_t c) {
+  const int64_t blocks = (Nk + kBlock - 1) / kBlock, n = chunks(Nk);
+  return c == n ? Nk : blocks * c / n * kBlock;
+}
+
+template <class T>
+Workspace<T> workspace(Scratch& scratch, int64_t D, int64_t Dv) {
+  using C = compute<T>;
+  const int64_t W = wide(D), Wv = wide(Dv), tile = kBlock * kBlock;
+  C* at = static_cast<C*>(scratch.bytes((kBlock * (7 * W + 7 * Wv) + 8 * tile) * sizeof(C)));
+  auto take = [&](auto*& p, int64_t n) { p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at), at += n; };
+  Workspace<T> w;
+  take(w.kt, kBlock * W), take(w.vt, kBlock * Wv), take(w.p, tile), take(w.s, tile);
+  take(w.k_rows, kBlock * W), take(w.q_rows, kBlock * W), take(w.do_rows, kBlock * Wv);
+  take(w.p_pairs, tile / 2), take(w.s_pairs, tile / 2), take(w.s_rows, tile / 2);
+  take(w.dk, kBlock * W), take(w.dv, kBlock * Wv);
+  take(w.k_copy, kBlock * W), take(w.q_copy, kBlock * W), take(w.do_copy, kBlock * Wv);
+  take(w.dropped, tile), take(w.cap, tile), take(w.kept, tile);
+  return w;
+}
+
+// dsinks = -sum of exp(sink - lse) delta over batch and queries, in order
+template <class C>
+void sink_gradients(const AttentionBackward& a) {
+#pragma omp parallel for
+  for (int64_t h = 0; h < a.q.size[1]; h++) {
+    const C sink = element<C>(a.extras.sinks, h * a.extras.sinks.stride[0]);
+    double sum = 0;
+    for (int64_t b = 0; b < a.q.size[0]; b++)
+      for (int64_t i = 0; i < a.q.size[2]; i++) {
+        const C lse = reinterpret_cast<const C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]];
+        const C delta = reinterpret_cast<const C*>(a.delta.data)[b * a.delta.stride[0] + h * a.delta.stride[1] + i * a.delta.stride[2]];
+        if (lse != -kInfOf<C>) sum -= exp(sink - lse) * delta;
+      }
+    reinterpret_cast<C*>(a.dsinks.data)[h * a.dsinks.stride[0]] = static_cast<C>(sum);
+  }
+}
+
+template <class T>
+void zero(const Tensor& t) {
+  for (int64_t b = 0; b < t.size[0]; b++)
+    for (int64_t h = 0; h < t.size[1]; h++)
+      for (int64_t i = 0; i < t.size[2]; i++)
+        memset(t.data + (b * t.stride[0] + h * t.stride[1] + i * t.stride[2]) * sizeof(T), 0, t.size[3] * sizeof(T));
+}
+
+template <class T>
+void run(const AttentionBackward& a) {
+  using C = compute<T>;
+  const int64_t Hk = a.k.size[1], group = Hk ? a.q.size[1] / Hk : 1, D = a.q.size[3], Dv = a.v.size[3], W = wide(D);
+  const int64_t B = sequences(a.q, a.extras), Nq = a.q.size[2], H = a.q.size[1];
+  const Extras& e = a.extras;
+  const bool adjusts = e.bias || e.mask || e.alibi_slopes || a.spec.softcap != 0 || a.spec.dropout_p != 0;
+  const bool in_place = std::is_same_v<T, C> && D % kLanesOf<C> == 0;
+  if (e.cu_seqlens_q) zero<T>(a.dq), zero<T>(a.dk), zero<T>(a.dv);  // rows that no sequence covers
+  if (a.dsinks) sink_gradients<C>(a);
+  // What adds to the same element of dbias stays in one task, in order.
+  const bool one_b = a.dbias && a.dbias.size[0] == 1, one_h = a.dbias && a.dbias.size[1] == 1;
+  const int64_t unit_b = one_b ? min<int64_t>(B, 1) : B, unit_h = one_h ? min<int64_t>(Hk, 1) : Hk;
+  int64_t most = 1;
+  for (int64_t b = 0; b < B; b++) most = max(most, chunks(sequence(a.q, a.k, e, b).Nk));
+  const bool split = most > 1 && unit_b * unit_h < omp_get_max_threads() && !(a.dbias && a.dbias.size[3] == 1);
+  const int64_t part = a.q.size[0] * H * Nq * W, tasks = unit_b * unit_h * (split ? most : 1);
+  C* const parts = split ? static_cast<C*>(aligned_alloc(64, max<int64_t>(64, most * part * sizeof(C)))) : nullptr;
+  if (split && !parts) abort();
+  auto finish = [&](const Sequence& s, int64_t h, int64_t i, const C* row) {
+    narrow<T>(row, D, reinterpret_cast<T*>(a.dq.data) + s.batch * a.dq.stride[0] + h * a.dq.stride[1] + (s.q0 + i) * a.dq.stride[2]);
+  };
+#pragma omp parallel if (tasks > 1)
+  {
+    static thread_local Scratch scratch, sums;
+    Workspace<T> w = workspace<T>(scratch, D, Dv);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tasks; t++) {
+      const int64_t c = t / (unit_b * unit_h), ub = t % (unit_b * unit_h) / unit_h, uh = t % unit_h;
+      for (int64_t b = one_b ? 0 : ub; b < (one_b ? B : ub + 1); b++)
+        for (int64_t hk = one_h ? 0 : uh; hk < (one_h ? Hk : uh + 1); hk++) {
+          const Sequence s = sequence(a.q, a.k, e, b);
+          const int64_t n = chunks(s.Nk), head = s.Nq * W;
+          if (split) {
+            if (c >= n) continue;
+            C* data = parts + c * part + ((s.batch * H + hk * group) * Nq + s.q0) * W;
+            for (int64_t g = 0; g < group; g++) memset(data + g * Nq * W, 0, head * sizeof(C));
+            keys(a, s, hk, group, chunk_start(s.Nk, c), chunk_start(s.Nk, c + 1), adjusts, w, Gradient<C>{data, Nq * W, W});
+            continue;
+          }
+          C* const own = static_cast<C*>(sums.bytes(max<int64_t>(64, ((in_place ? 0 : 1) + (n > 1)) * group * head * sizeof(C))));
+          Gradient<C> total{own, head, W};
+          const Gradient<C> next{own + (in_place ? 0 : group * head), head, W};
+          if (in_place)
+            total = {reinterpret_cast<C*>(a.dq.data) + s.batch * a.dq.stride[0] + hk * group * a.dq.stride[1] + s.q0 * a.dq.stride[2],
+                     a.dq.stride[1], a.dq.stride[2]};
+          for (int64_t g = 0; g < group; g++)
+            for (int64_t i = 0; i < s.Nq; i++) memset(total.data + g * total.head + i * total.row, 0, D * sizeof(C));
+          for (int64_t p = 0; p < n; p++) {
+            const int64_t j0 = chunk_start(s.Nk, p), j1 = chunk_start(s.Nk, p + 1), offset = s.Nk - s.Nq;
+            if (p == 0) {
+              keys(a, s, hk, group, j0, j1, adjusts, w, total);
+              continue;
+            }
+            const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq), end = clamp(j1 - offset + a.spec.left, first, s.Nq);
+            for (int64_t g = 0; g < group; g++) memset(next.data + g * head + first * W, 0, (end - first) * W * sizeof(C));
+            keys(a, s, hk, group, j0, j1, adjusts, w, next);
+            for (int64_t g = 0; g < group; g++)
+              for (int64_t i = first; i < end; i++) {
+                C *to = total.data + g * total.head + i * total.row, *from = next.data + g * head + i * W;
+                for (int64_t d = 0; d < D; d++) to[d] += from[d];
+              }
+          }
+          if (!in_place)
+            for (int64_t g = 0; g < group; g++)
+              for (int64_t i = 0; i < s.Nq; i++) finish(s, hk * group + g, i, own + g * head + i * W);
+        }
+    }
+    if (split) {
+#pragma omp for schedule(static)
+      for (int64_t t = 0; t < B * H; t++) {
+        const Sequence s = sequence(a.q, a.k, e, t / H);
+        for (int64_t i = 0; i < s.Nq; i++) {
+          C* row = parts + ((s.batch * H + t % H) * Nq + s.q0 + i) * W;
+          for (int64_t c = 1; c < chunks(s.Nk); c++)
+            for (int64_t d = 0; d < D; d++) row[d] += row[c * part + d];
+          finish(s, t % H, i, row);
+        }
+      }
+    }
+  }
+  free(parts);
+}
+
+// delta = rowsum(o * do)
+template <class T>
+void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t H = o.size[1], Nq = o.size[2], D = o.size[3], rows = o.size[0] * H * Nq;
+#pragma omp parallel for if (rows * D > 100000)
+  for (int64_t t = 0; t < rows; t++) {
+    const int64_t b = t / (H * Nq), h = t / Nq % H, i = t % Nq;
+    const T* x = reinterpret_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + i * o.stride[2];
+    const T* y = reinterpret_cast<const T*>(dout.data) + b * dout.stride[0] + h * dout.stride[1] + i * dout.stride[2];
+    vec_of<C> acc{};
+    int64_t d = 0;
+    for (; d + L <= D; d += L) acc += loadu(x + d) * loadu(y + d);
+    if (d < D) acc += load_part(x + d, D - d) * load_part(y + d, D - d);
+    reinterpret_cast<C*>(delta.data)[b * delta.stride[0] + h * delta.stride[1] + i * delta.stride[2]] = sum(acc);
+  }
+}
+
+}  // namespace attention_bwd
+
+void attention_backward(const AttentionBackward& a) {
+  switch (a.q.dtype) {
+    case Dtype::kFloat32: return attention_bwd::run<float>(a);
+    case Dtype::kBFloat16: return attention_bwd::run<bf16>(a);
+    case Dtype::kFloat16: return attention_bwd::run<f16>(a);
+    default: return attention_bwd::run<double>(a);
+  }
+}
+
+void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
+  switch (o.dtype) {
+    case Dtype::kFloat32: return attention_bwd::rowdot<float>(o, dout, delta);
+    case Dtype::kBFloat16: return attention_bwd::rowdot<bf16>(o, dout, delta);
+    case Dtype::kFloat16: return attention_bwd::rowdot<f16>(o, dout, delta);
+    default: return attention_bwd::rowdot<double>(o, dout, delta);
+  }
+}
+
+}  // namespace llmfast::cpu::LLMFAST_ISA
