@@ -1,6 +1,109 @@
-"""Binds csrc/cuda: tensor-core kernels for NVIDIA GPUs from Ampere on."""
+"""Binds csrc/cuda: tensor-core kernels for NVIDIA GPUs from Ampere (sm_80) on."""
+
+from functools import cache
+
+import torch
+
+from ..ops import like
+from . import Op
+
+try:
+    from .. import _cuda
+except ImportError as problem:
+    _cuda = None
+    _NOT_BUILT = f"llmfast._cuda is not built: run LLMFAST_CUDA=1 python setup.py build_ext --inplace ({problem})"
+
+_ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
+_SOFTMAX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_REFUSED = ("seed", "seqlens_k", "page_table")
 
 
+@cache
 def available() -> str | None:
     """None, or why this backend can't run on this machine."""
-    return "has no kernels yet"
+    return _NOT_BUILT if _cuda is None else _cuda.unavailable()
+
+
+@cache
+def _too_old(index):
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"needs compute capability 8.0 or later, got {major}.{minor}"
+
+
+def _refuses(t):
+    """Why no kernel takes this tensor, or None."""
+    if not t.is_cuda:
+        return f"needs a CUDA tensor, got {t.device}"
+    return available() or _too_old(t.device.index)
+
+
+def _launch(name, t, *args):
+    """Calls a launcher on the tensor's device and its current stream."""
+    with torch.cuda.device(t.device):
+        getattr(_cuda, name)(*args, torch.cuda.current_stream().cuda_stream)
+
+
+def attention_op(refuses, launch) -> Op:
+    """The operation over any library with these launchers: tests give it the host model of the kernels."""
+
+    def supports(q, k, v, spec, extras):
+        if (why := refuses(q)) is not None:
+            return why
+        if q.dtype not in _ATTENTION_DTYPES:
+            return f"dtype {str(q.dtype)[6:]} is not float16 or bfloat16"
+        if max(q.shape[3], v.shape[3]) > 256:
+            return f"head dim {max(q.shape[3], v.shape[3])} is more than 256"
+        if spec.dropout_p:
+            return "dropout is not supported"
+        return next((f"{name} is not supported" for name in _REFUSED if getattr(extras, name) is not None), None)
+
+    def forward(q, k, v, spec, extras, need_lse=True):
+        o = like(q, v.shape[3])
+        lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
+        if extras.packed:  # rows that no sequence covers
+            o.zero_()
+            lse = lse if lse is None else lse.fill_(float("-inf"))
+        if extras.sinks is not None:
+            extras = extras._replace(sinks=extras.sinks.float())
+        if extras.bias is not None:
+            extras = extras._replace(bias=_narrow(extras.bias))
+        launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, extras)
+        return o, lse
+
+    return Op(supports, forward, None)
+
+
+def softmax_op(refuses, launch) -> Op:
+    def supports(x, spec, extras):
+        if (why := refuses(x)) is not None:
+            return why
+        return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
+
+    def forward(x, out, spec, extras):
+        row = lambda t: t.stride(3) == 1 or t.shape[3] == 1
+        rows = x if row(x) else x.contiguous()
+        y = out if out is not None and row(out) else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        if extras.bias is not None:
+            extras = extras._replace(bias=_narrow(extras.bias))
+        launch("softmax_forward", x, rows, y, spec, extras)
+        return y if out is None or out is y else out.copy_(y)
+
+    return Op(supports, forward, None)
+
+
+def _narrow(t):
+    return t.float() if t.dtype == torch.float64 else t
+
+
+def _aligned(t):
+    """The tensor, or a copy where a row doesn't begin at a multiple of 16 bytes or has gaps."""
+    size = t.element_size()
+    steps = [t.stride(i) * size for i in range(3) if t.shape[i] > 1]
+    if (t.stride(3) == 1 or t.shape[3] == 1) and not any(n % 16 for n in (t.data_ptr(), *steps)):
+        return t
+    padded = -(-t.shape[3] * size // 16) * 16 // size
+    return t.new_empty(*t.shape[:3], padded)[..., : t.shape[3]].copy_(t)
+
+
+attention = attention_op(_refuses, _launch)
+softmax = softmax_op(_refuses, _launch)

@@ -1,0 +1,36 @@
+// pybind11 module llmfast._cuda; streams come as integers, an error becomes RuntimeError.
+#include "bindings.h"
+#include "cuda/launch.h"
+
+using namespace llmfast;
+
+namespace {
+
+void raise(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.def("unavailable", [] { return cuda::unavailable(); });
+  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
+                                const py::tuple& e, uintptr_t stream) {
+    AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
+    const char* error;
+    {
+      py::gil_scoped_release release;
+      error = cuda::attention_forward(p, reinterpret_cast<void*>(stream));
+    }
+    raise(error);
+  });
+  m.def("softmax_forward", [](py::handle x, py::handle y, const py::tuple& s, const py::tuple& e, uintptr_t stream) {
+    Softmax p{view(x), view(y), view(e[0]), view(e[1]), s[0].cast<double>(), s[1].cast<int64_t>(), s[2].cast<bool>()};
+    const char* error;
+    {
+      py::gil_scoped_release release;
+      error = cuda::softmax_forward(p, reinterpret_cast<void*>(stream));
+    }
+    raise(error);
+  });
+}

@@ -1,0 +1,304 @@
+// Attention forward for float16 and bfloat16 on tensor cores (mma.sync, sm_80 on): o = softmax(scale q k^T) v, flash form.
+//
+// One block is BLOCK_M queries of one (sequence, head); its warps share each tile of BLOCK_N keys. q stays in shared memory; k and v
+// tiles pass through a ring of kRing slots filled by cp.async, in the order k0 v0 k1 v1 ...: while one is used the next kRing - 1
+// are on their way, and one barrier a tile both publishes a tile and frees the slot before it. p never leaves registers. Tiles
+// outside the band are not visited; only tiles on its edge, or past the last key, are masked. Rows of shared memory are kHeadDim
+// elements; 16-byte chunks are XOR-swizzled so that the 8 rows of an ldmatrix lie in 8 different bank groups.
+#pragma once
+#include "views.cuh"
+
+namespace llmfast::cuda {
+
+// The problem as the kernel takes it: mask and bias with 4 dimensions.
+struct AttentionForwardArgs {
+  AttentionForward p;
+  int blocks;      // query blocks of one head, of all sequences together where they are packed
+  bool aligned_o;  // 16-byte stores reach every row of o
+};
+
+// Up to 128: 4 warps of 32 rows, each fragment of k and v read from shared memory serves two mma; at 128 acc is 128 registers, s 64.
+// Beyond: 16 rows a warp and 32 keys keep acc at 128 registers, s at 16, and shared memory under the 99 KiB of sm_120.
+template <int kHeadDim>
+struct Tile {
+  static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "a row is a multiple of 64 bytes, and acc fits the registers");
+  static constexpr int kWarps = 4, kThreads = 32 * kWarps;
+  static constexpr int kMma = kHeadDim <= 128 ? 2 : 1;  // mma row tiles of a warp
+  static constexpr int BLOCK_M = 16 * kMma * kWarps, BLOCK_N = kHeadDim <= 128 ? 64 : 32, kRing = 3;
+  static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes in a row
+  static constexpr int kKeyBytes = BLOCK_N * kHeadDim * 2, kQueryBytes = BLOCK_M * kHeadDim * 2;
+  static constexpr int kSharedBytes = kQueryBytes + kRing * kKeyBytes;  // 128: 80 KiB, two blocks on sm_80; 256: 80 KiB
+
+  // Byte offset of a chunk of a row.
+  __device__ __forceinline__ static int offset(int row, int chunk) {
+    return (row * kChunks + (chunk ^ (kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3))) * 16;
+  }
+
+  // Starts copying rows [first, first + kRows) of a matrix with `rows` rows of D elements; what lies outside becomes zero.
+  template <int kRows, class T>
+  __device__ __forceinline__ static void load(uint32_t shared, const T* x, int64_t stride, int first, int rows, int D) {
+#pragma unroll
+    for (int i = 0; i < kRows * kChunks / kThreads; i++) {
+      const int index = i * kThreads + thread_index(), row = index / kChunks, chunk = index % kChunks;
+      const int left = (D - chunk * 8) * 2, inside = first + row < rows + (FAULT == 7) && left > 0;
+      const int bytes = inside ? left < 16 ? left : 16 : 0;
+      cp_async_16(shared + offset(row, chunk), inside ? x + (first + row) * stride + chunk * 8 : x, bytes);
+    }
+  }
+};
+
+// The queries of a block: rows [m0, m0 + BLOCK_M) of sequence b, head h, which has Nq queries from q0 and Nk keys from k0.
+struct Span {
+  int b, h, m0, q0, Nq, k0, Nk;
+};
+
+// [start, length) of sequence b of a packed tensor with `total` rows, whatever cu_seqlens holds.
+__device__ __forceinline__ void sequence(const Tensor& cu_seqlens, int b, int total, int& start, int& length) {
+  const int* cu = reinterpret_cast<const int*>(cu_seqlens.data);
+  const int64_t stride = cu_seqlens.stride[0];
+  start = min(max(cu[b * stride], 0), total);
+  length = max(min(max(cu[(b + 1) * stride], 0), total) - start, 0);
+}
+
+// The span of this block; Nq = 0 where there is none. The last queries come first: under a causal band they have most keys.
+template <int BLOCK_M>
+__device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
+  const AttentionForward& p = a.p;
+  const int H = p.q.size[1], block = block_index() % a.blocks;
+  const int64_t head = block_index() / a.blocks;
+  Span x{static_cast<int>(head / H), static_cast<int>(head % H), 0, 0, static_cast<int>(p.q.size[2]), 0,
+         static_cast<int>(p.k.size[2])};
+  if (!p.extras.cu_seqlens_q.data) {
+    x.m0 = (a.blocks - 1 - block) * BLOCK_M;
+    return x;
+  }
+  const int B = p.extras.cu_seqlens_q.size[0] - 1, lane = thread_index() % 32, total = x.Nq, keys = x.Nk;
+  x.h = head;
+  for (int first = 0, passed = 0; first < B; first += 32) {  // 32 sequences at a time: how many blocks end at or before each
+    int start, length, mine = 0;
+    if (first + lane < B) {
+      sequence(p.extras.cu_seqlens_q, first + lane, total, start, length);
+      mine = (length + BLOCK_M - 1) / BLOCK_M;
+    }
+    int ended = mine;
+#pragma unroll
+    for (int lanes = 1; lanes < 32; lanes *= 2) {
+      const int before = shuffle_up(ended, lanes);
+      if (lane >= lanes) ended += before;
+    }
+    const uint32_t beyond = ballot(block < passed + ended);
+    if (beyond) {
+      int found = 0;
+      while (!(beyond >> found & 1)) found++;
+      x.b = first + found;
+      sequence(p.extras.cu_seqlens_q, x.b, total, x.q0, x.Nq);
+      sequence(p.extras.cu_seqlens_k, x.b, keys, x.k0, x.Nk);
+      x.m0 = (passed + shuffle(ended, found) - 1 - block) * BLOCK_M;
+      return x;
+    }
+    passed += shuffle(ended, 31);
+  }
+  x.Nq = 0;
+  return x;
+}
+
+// Scores of one warp tile in base-2 units, for every option at once: scale of any sign, softcap, bias, ALiBi, mask.
+// i: row, j: column of s[0]; they step by 8.
+template <int kMma, int kN>
+__device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0, int j0) {
+  const float scale = p.spec.scale, softcap = p.spec.softcap;
+  const Tensor& slopes = p.extras.alibi_slopes;
+  float slope = 0.f;
+  if (slopes.data) slope = slopes.dim == 2 ? *at<float>(slopes, x.b, x.h) : *at<float>(slopes, x.h);
+#pragma unroll
+  for (int m = 0; m < kMma; m++)
+#pragma unroll
+    for (int n = 0; n < kN; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int i = i0 + m * 16 + e / 2 * 8, j = j0 + n * 8 + e % 2;
+        float y = s[m][n][e] * scale;
+        if (softcap != 0.f) y = softcap * tanhf(y / softcap);
+        if (i < x.Nq && j < x.Nk) {
+          if (p.extras.bias.data) y += float_at(p.extras.bias, x.b, x.h, i, j);
+          if (slopes.data) y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
+          if (p.extras.mask.data && !*at<bool>(p.extras.mask, x.b, x.h, i, j)) y = -kInf;
+        }
+        s[m][n][e] = y * kLog2e;
+      }
+}
+
+// kGeneral: an option that `adjust` knows, or a scale that is not positive.
+template <class T, int kHeadDim, bool kGeneral>
+__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
+  using Tile = cuda::Tile<kHeadDim>;
+  constexpr int BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing, kMma = Tile::kMma;
+  const AttentionForward& p = a.p;
+  const Span x = span_of<BLOCK_M>(a);
+  if (x.m0 >= x.Nq) return;
+  const int lane = thread_index() % 32, warp_row = thread_index() / 32 * 16 * kMma;
+  const int D = p.q.size[3], Dv = p.v.size[3], hk = x.h / (p.q.size[1] / p.k.size[1] + (p.k.size[1] == 0));
+  const int64_t batch = p.extras.cu_seqlens_q.data ? 0 : x.b;
+  const T* q = at<const T>(p.q, batch, x.h, x.q0);
+  const T* k = at<const T>(p.k, batch, hk, x.k0);
+  const T* v = at<const T>(p.v, batch, hk, x.k0);
+  const uint32_t q_tile = shared_address(shared_memory()), ring = q_tile + Tile::kQueryBytes;
+
+  // Query i sees keys [i + low, i + high), and of those [0, Nk).
+  const int64_t low = x.Nk - x.Nq - p.spec.left, high = x.Nk - x.Nq + p.spec.right + 1;
+  const auto clamped = [&](int64_t j) { return static_cast<int>(j < 0 ? 0 : j < x.Nk ? j : x.Nk); };
+  const int last_row = min(x.m0 + BLOCK_M, x.Nq) - 1;
+  const int begin = clamped(x.m0 + low) / BLOCK_N * BLOCK_N, end = clamped(last_row + high);
+  const int all_from = clamped(last_row + low), all_to = clamped(x.m0 + high);  // keys that every row of the block sees
+  const int tiles = end > begin ? 2 * ((end - begin + BLOCK_N - 1) / BLOCK_N) : 0;  // of k and v
+
+  const auto load = [&](int tile, int slot) {
+    if (tile < tiles) {
+      const int n0 = begin + tile / 2 * BLOCK_N;
+      if (tile % 2 == 0)
+        Tile::template load<BLOCK_N>(ring + slot * Tile::kKeyBytes, k, p.k.stride[2], n0, x.Nk, D);
+      else
+        Tile::template load<BLOCK_N>(ring + slot * Tile::kKeyBytes, v, p.v.stride[2], n0, x.Nk, Dv);
+    }
+    cp_async_commit();
+  };
+  if (tiles) Tile::template load<BLOCK_M>(q_tile, q, p.q.stride[2], x.m0, x.Nq, D);
+#pragma unroll
+  for (int tile = 0; tile < kRing - 1; tile++) load(tile, tile);
+
+  float acc[kMma][kHeadDim / 8][4] = {};  // (BLOCK_M, Dv): rows lane / 4 (+ 8), columns lane % 4 * 2 (+ 1) of each 16 x 8
+  float m[kMma][2], l[kMma][2] = {};      // of rows lane / 4 and lane / 4 + 8
+  uint32_t probabilities[kMma][BLOCK_N / 16][4];
+#pragma unroll
+  for (int i = 0; i < kMma; i++) m[i][0] = m[i][1] = -kInf;
+  const float c = kGeneral ? 1.f : static_cast<float>(p.spec.scale) * kLog2e;  // scores to base-2 units; positive
+
+  int slot = 0;
+  // Waits for the next tile and starts the one that takes the slot of the tile before it; returns the tile's address.
+  const auto next = [&](int tile) {
+    cp_async_wait<FAULT == 1 ? kRing - 1 : kRing - 2>();
+    if (FAULT != 2) block_barrier();
+    const uint32_t address = ring + slot * Tile::kKeyBytes;
+    load(tile + kRing - 1, FAULT == 3 ? slot : slot == 0 ? kRing - 1 : slot - 1);
+    slot = slot == kRing - 1 ? 0 : slot + 1;
+    return address;
+  };
+  for (int tile = 0; tile < tiles; tile += 2) {
+    const int n0 = begin + tile / 2 * BLOCK_N;
+    const uint32_t k_tile = next(tile);
+    float s[kMma][BLOCK_N / 8][4] = {};  // (BLOCK_M, BLOCK_N)
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; d++) {
+      uint32_t q_part[kMma][4];
+#pragma unroll
+      for (int i = 0; i < kMma; i++)
+        ldmatrix_x4(q_part[i], q_tile + Tile::offset(warp_row + i * 16 + lane % 16, 2 * d + lane / 16));
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 16; n++) {
+        uint32_t k_part[4];
+        ldmatrix_x4(k_part, k_tile + Tile::offset(n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
+#pragma unroll
+        for (int i = 0; i < kMma; i++) {
+          mma_m16n8k16<T>(s[i][2 * n], q_part[i], k_part[0], k_part[1]);
+          mma_m16n8k16<T>(s[i][2 * n + 1], q_part[i], k_part[2], k_part[3]);
+        }
+      }
+    }
+    const int row0 = x.m0 + warp_row + lane / 4, column0 = n0 + lane % 4 * 2;
+    if constexpr (kGeneral) adjust(s, p, x, row0, column0);
+    if (n0 < all_from || n0 + BLOCK_N > all_to) {
+#pragma unroll
+      for (int i = 0; i < kMma; i++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int from = clamped(row0 + i * 16 + r * 8 + low), to = clamped(row0 + i * 16 + r * 8 + high);
+#pragma unroll
+          for (int n = 0; n < BLOCK_N / 8; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              const int j = column0 + n * 8 + e;
+              if (j < from || (FAULT == 4 ? j > to : j >= to)) s[i][n][r * 2 + e] = -kInf;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < kMma; i++)
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float m_new = m[i][r];
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; n++) m_new = fmaxf(m_new, fmaxf(s[i][n][r * 2], s[i][n][r * 2 + 1]));
+        m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
+        if (FAULT != 5) m_new = fmaxf(m_new, shuffle_xor(m_new, 2));
+        const float base = m_new == -kInf ? 0.f : m_new * c;
+        const float alpha = exp2_approx(m[i][r] * c - base);
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < BLOCK_N / 8; n++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) sum += s[i][n][r * 2 + e] = exp2_approx(s[i][n][r * 2 + e] * c - base);
+        m[i][r] = m_new;
+        l[i][r] = l[i][r] * alpha + sum;
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 8; d++) acc[i][d][r * 2] *= alpha, acc[i][d][r * 2 + 1] *= alpha;
+      }
+#pragma unroll
+    for (int i = 0; i < kMma; i++)
+#pragma unroll
+      for (int n = 0; n < BLOCK_N / 8; n++)
+#pragma unroll
+        for (int r = 0; r < 2; r++) probabilities[i][n / 2][n % 2 * 2 + r] = pack<T>(s[i][n][r * 2], s[i][n][r * 2 + 1]);
+
+    const uint32_t v_tile = next(tile + 1);
+#pragma unroll
+    for (int n = 0; n < BLOCK_N / 16; n++)
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; d++) {
+        uint32_t v_part[4];
+        ldmatrix_x4_trans(v_part, v_tile + Tile::offset(n * 16 + lane % 16, 2 * d + lane / 16));
+#pragma unroll
+        for (int i = 0; i < kMma; i++) {
+          mma_m16n8k16<T>(acc[i][2 * d], probabilities[i][n], v_part[0], v_part[1]);
+          mma_m16n8k16<T>(acc[i][2 * d + 1], probabilities[i][n], v_part[2], v_part[3]);
+        }
+      }
+  }
+
+  // A sink is one more key without a value. o leaves through the warp's own rows of q's tile, as whole 16-byte chunks.
+  const float sink = p.extras.sinks.data ? *at<float>(p.extras.sinks, x.h) * kLog2e : -kInf;
+#pragma unroll
+  for (int i = 0; i < kMma; i++)
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      float sum = l[i][r];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const float seen = m[i][r] * c, top = fmaxf(seen, sink), base = top == -kInf ? 0.f : top;
+      const float alpha = exp2_approx(seen - base);
+      sum = sum * alpha + exp2_approx(sink - base);
+      const float inverse = sum == 0.f ? 0.f : alpha / sum;
+      const int row = warp_row + i * 16 + r * 8 + lane / 4;
+      if (p.lse.data && lane % 4 == 0 && x.m0 + row < x.Nq)
+        *at<float>(p.lse, batch, x.h, x.q0 + x.m0 + row) = sum == 0.f ? -kInf : fmaf(base, kLn2, fmaf(base, kLn2Low, logf(sum)));
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 8; d++)
+        *reinterpret_cast<uint32_t*>(shared_memory() + Tile::offset(row, d) + lane % 4 * 4) =
+            pack<T>(acc[i][d][r * 2] * inverse, acc[i][d][r * 2 + 1] * inverse);
+    }
+  if (FAULT != 6) warp_barrier();
+  T* o = at<T>(p.o, batch, x.h, x.q0 + x.m0);
+#pragma unroll 4
+  for (int index = lane; index < 16 * kMma * Tile::kChunks; index += 32) {
+    const int row = warp_row + index / Tile::kChunks, chunk = index % Tile::kChunks;
+    if (x.m0 + row >= x.Nq + (FAULT == 8) || chunk * 8 >= Dv) continue;
+    const char* from = shared_memory() + Tile::offset(row, chunk);
+    T* to = o + row * p.o.stride[2] + chunk * 8;
+    if (a.aligned_o) {
+      store_128(to, load_128(from));
+    } else {
+      for (int e = 0; e < 8 && chunk * 8 + e < Dv; e++) to[e] = reinterpret_cast<const T*>(from)[e];
+    }
+  }
+}
+
+}  // namespace llmfast::cuda

@@ -1,0 +1,43 @@
+// Chooses the softmax kernel for a row length and starts it.
+#include "launch.h"
+#include "softmax.cuh"
+
+namespace llmfast::cuda {
+namespace {
+
+constexpr int kSharedBytes = 2 * 32 * sizeof(float);  // one partial result for each warp, of the maximum and of the sum
+
+template <class T, bool kPlain>
+const char* run(const Softmax& a, void* stream) {
+  const int64_t N = a.x.size[3], rows = N ? a.x.size[0] * a.x.size[1] * a.x.size[2] : 0;
+  const int64_t shared_rows = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+  if (N <= 256) return launch(softmax_rows<T, 32, 8, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
+  if (N <= 1024) return launch(softmax_rows<T, 32, 32, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
+  if (N <= 8192) return launch(softmax_rows<T, 256, 32, kPlain>, rows, 256, kSharedBytes, stream, a);
+  if (N <= 32768) return launch(softmax_rows<T, 1024, 32, kPlain>, rows, 1024, kSharedBytes, stream, a);
+  return launch(softmax_long_rows<T, kPlain>, rows, 1024, kSharedBytes, stream, a);
+}
+
+template <class T>
+const char* run(const Softmax& a, void* stream) {
+  const bool plain = !a.mask && !a.bias && a.x.size[3] % kVector<T> == 0 && has_aligned_rows(a.x, sizeof(T)) &&
+                     has_aligned_rows(a.y, sizeof(T));
+  return plain ? run<T, true>(a, stream) : run<T, false>(a, stream);
+}
+
+}  // namespace
+
+const char* softmax_forward(const Softmax& problem, void* stream) {
+  Softmax a = problem;
+  a.mask = four_dimensional(problem.mask), a.bias = four_dimensional(problem.bias);
+  switch (a.x.dtype) {
+    case Dtype::kFloat32: return run<float>(a, stream);
+    case Dtype::kBFloat16: return run<bf16>(a, stream);
+    case Dtype::kFloat16: return run<half>(a, stream);
+    default: return "softmax takes float32, bfloat16 or float16";
+  }
+}
+
+const char* unavailable() { return device_problem(); }
+
+}  // namespace llmfast::cuda

@@ -1,0 +1,181 @@
+// y = softmax(scale x + bias) or its logarithm over the last dimension; x and y (L0, L1, M, N).
+//
+// Column j of row i counts when j <= i + offset and the mask is true; hidden entries become 0, or -inf in the logarithm, and so does a
+// row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y written once. Beyond, x is read twice.
+// Every reduction has one order, whatever else is in the batch.
+#pragma once
+#include "views.cuh"
+
+namespace llmfast::cuda {
+
+constexpr int kRowsPerBlock = 4;  // of one warp each
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
+
+struct Row {
+  int64_t l0, l1, i, visible;  // columns [0, visible) count unless masked
+};
+
+__device__ __forceinline__ Row row_of(const Softmax& a, int64_t index) {
+  const int64_t i = index % a.x.size[2], l = index / a.x.size[2], past = i + a.offset + 1;
+  return {l / a.x.size[1], l % a.x.size[1], i, past < 0 ? 0 : past < a.x.size[3] ? past : a.x.size[3]};
+}
+
+// scale x + bias, -inf where masked.
+template <bool kExtras>
+__device__ __forceinline__ float score(const Softmax& a, const Row& row, int64_t j, float x) {
+  float s = x * static_cast<float>(a.scale);
+  if constexpr (kExtras) {
+    if (a.bias.data) s += float_at(a.bias, row.l0, row.l1, row.i, j);
+    if (a.mask.data && !*at<bool>(a.mask, row.l0, row.l1, row.i, j)) s = -kInf;
+  }
+  return s;
+}
+
+// e^(s - m), 0 in a row that sees nothing; s - m is rounded before the base changes, so no digit is lost to a large m.
+__device__ __forceinline__ float exponential(float s, float m) { return exp2_approx((s - (m == -kInf ? 0.f : m)) * kLog2e); }
+
+// The maximum or sum over the threads of a row; each block-wide reduction of a kernel has its own 32 floats of shared memory.
+template <int kThreads, class Op>
+__device__ __forceinline__ float reduce(float x, int slot, Op op) {
+#pragma unroll
+  for (int lanes = FAULT == 1 ? 8 : 16; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
+  if constexpr (kThreads > 32) {
+    float* partial = reinterpret_cast<float*>(shared_memory()) + 32 * slot;
+    const int lane = thread_index() % 32;
+    if (lane == 0) partial[thread_index() / 32] = x;
+    if (FAULT != 2) block_barrier();
+    x = partial[lane % (kThreads / 32)];
+#pragma unroll
+    for (int lanes = kThreads / 64; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
+  }
+  return x;
+}
+
+template <int kThreads>
+__device__ __forceinline__ float row_max(float x) {
+  return reduce<kThreads>(x, 0, [](float a, float b) { return fmaxf(a, b); });
+}
+template <int kThreads>
+__device__ __forceinline__ float row_sum(float x) {
+  return reduce<kThreads>(x, FAULT == 3 ? 0 : 1, [](float a, float b) { return a + b; });
+}
+
+// The columns of item c of thread t: kVector neighbours where rows are 16-byte aligned, single ones otherwise.
+template <class T, int kThreads, bool kAligned>
+struct Columns {
+  static constexpr int kWidth = kAligned ? kVector<T> : 1;
+
+  __device__ __forceinline__ static int64_t first(int64_t c, int t) { return (c * kThreads + t) * kWidth; }
+  __device__ __forceinline__ static void load(float (&x)[kWidth], const T* p) {
+    if constexpr (kAligned) {
+      const uint4 bits = load_128(p);
+      const T* e = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) x[i] = to_float(e[i]);
+    } else {
+      x[0] = to_float(*p);
+    }
+  }
+  __device__ __forceinline__ static void store(T* p, const float (&x)[kWidth]) {
+    if constexpr (kAligned) {
+      uint4 bits;
+      T* e = reinterpret_cast<T*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) e[i] = from_float<T>(x[i]);
+      store_128(p, bits);
+    } else {
+      *p = from_float<T>(x[0]);
+    }
+  }
+};
+
+// kThreads threads hold a row, kItems values each; 32 threads: kRowsPerBlock rows a block, else one. 32 items of 1024 threads are
+// 32768 columns in 32 of the 64 registers a thread of 1024 may have. kPlain: aligned rows, no mask, no bias.
+template <class T, int kThreads, int kItems, bool kPlain>
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
+    softmax_rows(const __grid_constant__ Softmax a) {
+  using C = Columns<T, kThreads, kPlain>;
+  constexpr int kGroups = kItems / C::kWidth;
+  static_assert(kItems % C::kWidth == 0, "a thread holds whole vectors");
+  const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
+  if (index >= a.x.size[0] * a.x.size[1] * a.x.size[2]) return;
+  const Row row = row_of(a, index);
+  const T* x = at<const T>(a.x, row.l0, row.l1, row.i);
+  T* y = at<T>(a.y, row.l0, row.l1, row.i);
+  const int64_t N = a.x.size[3];
+  const int t = thread_index() % kThreads;
+
+  float s[kGroups][C::kWidth];
+  float m = -kInf;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = C::first(c, t);
+    if (j < row.visible) C::load(s[c], x + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) {
+      s[c][e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[c][e]) : -kInf;
+      m = fmaxf(m, s[c][e]);
+    }
+  }
+  m = row_max<kThreads>(m);
+  float l = 0.f;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++)
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) {
+      const float p = exponential(s[c][e], m);
+      l += p;
+      if (!a.log) s[c][e] = p;
+    }
+  l = row_sum<kThreads>(l);
+  const float inverse = l == 0.f ? 0.f : 1.f / l, lse = l == 0.f ? 0.f : m + logf(l);
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = C::first(c, t);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) s[c][e] = a.log ? s[c][e] - lse : s[c][e] * inverse;
+    if (FAULT == 4 ? j <= N : j < N) C::store(y + j, s[c]);
+  }
+}
+
+// Rows longer than registers hold: a running maximum and sum in each thread, merged, then a second read.
+template <class T, bool kPlain>
+__global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant__ Softmax a) {
+  using C = Columns<T, 1024, kPlain>;
+  const Row row = row_of(a, block_index());
+  const T* x = at<const T>(a.x, row.l0, row.l1, row.i);
+  T* y = at<T>(a.y, row.l0, row.l1, row.i);
+  const int64_t N = a.x.size[3];
+  const int t = thread_index();
+
+  const auto scores = [&](float (&s)[C::kWidth], int64_t j) {
+    if (j < row.visible) C::load(s, x + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) s[e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[e]) : -kInf;
+  };
+  float m = -kInf, l = 0.f;
+  for (int64_t c = 0, j; (j = C::first(c, t)) < row.visible; c++) {
+    float s[C::kWidth], m_new = m, sum = 0.f;
+    scores(s, j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) m_new = fmaxf(m_new, s[e]);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) sum += exponential(s[e], m_new);
+    l = (FAULT == 5 ? l : l * exponential(m, m_new)) + sum;
+    m = m_new;
+  }
+  const float m_row = row_max<1024>(m);
+  l = row_sum<1024>(l * exponential(m, m_row));
+  const float inverse = l == 0.f ? 0.f : 1.f / l, lse = l == 0.f ? 0.f : m_row + logf(l);
+  for (int64_t c = 0, j; (j = C::first(c, t)) < N; c++) {
+    float s[C::kWidth];
+    scores(s, j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) s[e] = a.log ? s[e] - lse : exponential(s[e], m_row) * inverse;
+    C::store(y + j, s);
+  }
+}
+
+}  // namespace llmfast::cuda

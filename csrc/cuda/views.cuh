@@ -1,0 +1,45 @@
+// Tensor views as the kernels read them: 64-bit offsets, broadcast dimensions with stride 0.
+#pragma once
+#include "attention.h"
+#include "ptx.cuh"
+
+namespace llmfast::cuda {
+
+constexpr float kInf = INFINITY;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kLn2Low = -1.9046543e-9f;  // log(2) - kLn2
+
+// The same tensor with 4 dimensions, the missing ones in front and broadcast.
+inline Tensor four_dimensional(const Tensor& t) {
+  Tensor r = t;
+  r.dim = 4;
+  for (int i = 0; i < 4; i++) {
+    const int from = i - (4 - t.dim);
+    r.size[i] = from < 0 ? 1 : t.size[from];
+    r.stride[i] = from < 0 ? 0 : t.stride[from];
+  }
+  return r;
+}
+
+// 16-byte accesses reach every row: the pointer and all strides but the last.
+inline bool has_aligned_rows(const Tensor& t, int bytes) {
+  int64_t bits = reinterpret_cast<int64_t>(t.data);
+  for (int i = 0; i < 3; i++) bits |= t.stride[i] * bytes;
+  return bits % 16 == 0;
+}
+
+template <class T>
+__device__ __forceinline__ T* at(const Tensor& t, int64_t i0, int64_t i1 = 0, int64_t i2 = 0, int64_t i3 = 0) {
+  return reinterpret_cast<T*>(t.data) + i0 * t.stride[0] + i1 * t.stride[1] + i2 * t.stride[2] + i3 * t.stride[3];
+}
+
+// An element of a float32, bfloat16 or float16 tensor.
+__device__ __forceinline__ float float_at(const Tensor& t, int64_t i0, int64_t i1, int64_t i2, int64_t i3) {
+  switch (t.dtype) {
+    case Dtype::kBFloat16: return to_float(*at<bf16>(t, i0, i1, i2, i3));
+    case Dtype::kFloat16: return to_float(*at<half>(t, i0, i1, i2, i3));
+    default: return *at<float>(t, i0, i1, i2, i3);
+  }
+}
+
+}  // namespace llmfast::cuda
