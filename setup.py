@@ -1,6 +1,7 @@
 """Builds llmfast._cpu always and llmfast._cuda where nvcc is found, through one ninja file each: no torch, no torch headers.
 
 LLMFAST_CUDA=0 leaves CUDA out, =1 demands it; LLMFAST_CUDA_ARCHS="80;90a" chooses the architectures.
+LLMFAST_ISAS="avx2" builds only these instruction sets; LLMFAST_SANITIZE="address,undefined" builds with g++'s sanitizers.
 """
 
 import os
@@ -22,6 +23,10 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vecto
 ISAS = {"baseline": []}  # csrc/cpu/NAME.cpp and its own flags
 if X86:
     ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+WANTED = os.environ.get("LLMFAST_ISAS", " ".join(ISAS)).split()
+SANITIZE = []
+if checks := os.environ.get("LLMFAST_SANITIZE"):
+    SANITIZE = ["-O1", "-g1", f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 ARCHS = os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";")
 
 
@@ -64,7 +69,7 @@ class Build(build_ext):
             "cxx": [cxx, "-c", *common, "$flags", "-MMD", "-MF", "$out.d", "$in", "-o", "$out"],
             "cu": [nvcc, "-c", "-O3", "-std=c++17", *gencode, "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden",
                    f"-I{HERE / 'csrc'}", "-MD", "-MF", "$out.d", "$in", "-o", "$out"],
-            "link": [cxx, "-shared", "$in", "-o", "$out", "-fopenmp"],
+            "link": [cxx, "-shared", *SANITIZE, "$in", "-o", "$out", "-fopenmp"],
             "link_cu": [nvcc, "-shared", "--cudart=static", "$in", "-o", "$out"],
         }  # fmt: skip
         text = ["ninja_required_version = 1.3"]
@@ -76,7 +81,7 @@ class Build(build_ext):
             objects.append(str(folder / f"{source.stem}{source.suffix}.o"))
             flags = [*KERNEL, *ISAS[source.stem]] if source.stem in ISAS else ["-O2", "-fopenmp"]
             text += [f"build {objects[-1]}: {'cu' if source.suffix == '.cu' else 'cxx'} {HERE / source}"]
-            text += [f"  flags = {' '.join(flags)}"]
+            text += [f"  flags = {' '.join([*flags, *SANITIZE])}"]
         text += [f"build {out}: {'link_cu' if ext.name.endswith('_cuda') else 'link'} {' '.join(objects)}", ""]
         (folder / "build.ninja").write_text("\n".join(text))
         subprocess.run([_ninja(), "-C", str(folder), "--quiet"], check=True)
@@ -94,7 +99,9 @@ def sources(*patterns):
     return sorted(str(p.relative_to(HERE)) for pattern in patterns for p in HERE.glob(pattern))
 
 
-cpu = [f"csrc/cpu/{name}.cpp" for name in ISAS]
+if not WANTED or not ISAS.keys() >= set(WANTED):
+    raise SystemExit(f"LLMFAST_ISAS: expected some of {' '.join(ISAS)}, got {' '.join(WANTED) or 'none'}")
+cpu = [f"csrc/cpu/{name}.cpp" for name in WANTED]
 extensions = [Extension("llmfast._cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/dispatch.cpp", *cpu])]
 if cuda := sources("csrc/cuda/*.cu"):
     extensions.append(Extension("llmfast._cuda", ["csrc/bindings_cuda.cpp", *cuda]))

@@ -1,30 +1,30 @@
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
 namespace llmfast::cpu {
 namespace {
 
-struct Entry {
-  const Kernels* kernels;
-  bool runs;
-};
-
-const Entry* entries() {  // best first
+const std::vector<const Kernels*>& tables() {  // those this build has and this machine runs, best first
+  static const std::vector<const Kernels*> found = [] {
+    std::vector<const Kernels*> v;
+    auto add = [&v](const Kernels* k, bool runs) {
+      if (k && runs) v.push_back(k);
+    };
 #if defined(__x86_64__)
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  static const Entry all[] = {{&kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
-                              {&kAvx512, avx512},
-                              {&kAvx2, avx2},
-                              {&kBaseline, true},
-                              {nullptr, false}};
-#else
-  static const Entry all[] = {{&kBaseline, true}, {nullptr, false}};
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    add(&kAvx512Bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
+    add(&kAvx512, avx512);
+    add(&kAvx2, avx2);
 #endif
-  return all;
+    add(&kBaseline, true);
+    return v;
+  }();
+  return found;
 }
 
 }  // namespace
@@ -32,16 +32,15 @@ const Entry* entries() {  // best first
 const char* supported() {
   static const std::string names = [] {
     std::string s;
-    for (const Entry* e = entries(); e->kernels; e++)
-      if (e->runs) s += std::string(s.empty() ? "" : " ") + e->kernels->name;
+    for (const Kernels* k : tables()) s += std::string(s.empty() ? "" : " ") + k->name;
     return s;
   }();
   return names.c_str();
 }
 
 const Kernels* select(const char* name) {
-  for (const Entry* e = entries(); e->kernels; e++)
-    if (e->runs && (!*name || !std::strcmp(name, e->kernels->name))) return e->kernels;
+  for (const Kernels* k : tables())
+    if (!*name || !std::strcmp(name, k->name)) return k;
   return nullptr;
 }
 

@@ -12,7 +12,9 @@ struct Kernels {
   void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);
 };
 
-extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;
+// Weak: a table that setup.py leaves out (LLMFAST_ISAS) has no address.
+extern const Kernels kBaseline __attribute__((weak)), kAvx2 __attribute__((weak)), kAvx512 __attribute__((weak)),
+    kAvx512Bf16 __attribute__((weak));
 
 // The names this machine can run, best first, separated by spaces.
 const char* supported();
