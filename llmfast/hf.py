@@ -4,9 +4,15 @@ Both an attention and a mask function are registered: without the second, transf
 are silently wrong.
 """
 
+import inspect
+import re
+import sys
+from functools import cache
+
+import torch
 from torch import Tensor
 
-from .functional import attention, attention_weights
+from .functional import attention, attention_varlen, attention_weights
 
 
 def enable_hf(name: str = "llmfast") -> None:
@@ -19,10 +25,10 @@ def enable_hf(name: str = "llmfast") -> None:
     >>> model = AutoModel.from_pretrained(folder, attn_implementation="llmfast")
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.masking_utils import AttentionMaskInterface
 
     AttentionInterface.register(name, attention_forward)
-    AttentionMaskInterface.register(name, sdpa_mask)
+    AttentionMaskInterface.register(name, attention_mask)
 
 
 def attention_forward(
@@ -30,14 +36,22 @@ def attention_forward(
     scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
     sliding_window: int | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' attention function: query (B, H, N, D), key and value (B, Hk, M, D) give (B, N, H, D) and the weights.
+    """transformers' attention function: query (B, H, N, D), key and value (B, Hk, M, D) give (B, N, H, Dv) and the weights.
 
     The mask is None, bool (True = may attend) or added to the scores; where it is None, the module says whether it is causal.
-    The weights (B, H, N, M) are None unless output_attentions is asked for.
+    The weights (B, H, N, M), before dropout, are None unless output_attentions is asked for. With cu_seq_lens_q and
+    cu_seq_lens_k the one row of the batch holds packed sequences, and they alone say who sees whom.
     """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    options = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
+    if kwargs.get("cu_seq_lens_q") is not None:
+        options |= dict(causal=bool(causal), window=sliding_window if causal else None, dropout_p=dropout)
+        return _packed(query, key, value, kwargs, position_bias, options), None
+    if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
     Nq, Nk = query.shape[2], key.shape[2]
-    causal = (is_causal if is_causal is not None else getattr(module, "is_causal", True)) and attention_mask is None and Nq > 1
-    if causal and Nk > Nq and attention_mask is None:  # the prefill of a static cache: only the first Nq keys are filled
+    causal = bool(causal) and attention_mask is None
+    if causal and Nq > 1 and Nk > Nq:  # the prefill of a static cache: only the first Nq keys are filled
         key, value, Nk = key[:, :, :Nq], value[:, :, :Nq], Nq
     mask = bias = None
     if attention_mask is not None:
@@ -48,9 +62,43 @@ def attention_forward(
     if position_bias is not None:
         position_bias = position_bias[..., :Nk]
         bias = position_bias if bias is None else bias + position_bias
-    options = dict(causal=bool(causal), scale=scaling, softcap=softcap or 0.0, mask=mask, bias=bias)
-    options["window"] = sliding_window if causal else None
-    options["sinks"] = None if s_aux is None else s_aux.to(query.dtype)
+    options |= dict(causal=causal, window=sliding_window if causal else None, mask=mask, bias=bias)
     o = attention(query, key, value, dropout_p=dropout, **options)
     weights = attention_weights(query, key, **options).to(query.dtype) if kwargs.get("output_attentions") else None
     return o.transpose(1, 2).contiguous(), weights
+
+
+def _packed(query, key, value, kwargs, position_bias, options):
+    """Packed sequences (1, H, T, D) without a mask between them: (1, T, H, Dv)."""
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: packed sequences lie in one row, got a batch of {query.shape[0]}")
+    if position_bias is not None:
+        raise ValueError("cu_seq_lens_q: packed sequences can't have a position_bias; pad them instead")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: packed sequences have no weights; pad them instead")
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
+    cu_q, cu_k = (kwargs[f"cu_seq_lens_{x}"].to(torch.int32) for x in "qk")
+    return attention_varlen(q, k, v, cu_q, cu_k, **options)[None]
+
+
+def attention_mask(*args, local_size: int | None = None, config=None, **kwargs) -> Tensor | None:
+    """transformers' mask function: None or bool (B, 1, N, M), True = may attend.
+
+    It is sdpa_mask, which leaves out a mask that says no more than causal; here a sliding window is left out too where the
+    model tells it to `attention_forward`.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    if local_size is not None and not chunked and local_size == getattr(config, "sliding_window", None):
+        if kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling() and _tells_window(type(config)):
+            local_size = None
+    return sdpa_mask(*args, local_size=local_size, config=config, **kwargs)
+
+
+@cache
+def _tells_window(config: type) -> bool:
+    """Whether the model of this configuration passes sliding_window on: Mistral does, Qwen2-MoE only builds the mask."""
+    modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
+    calls = [] if modeling is None else re.findall(r"\battention_interface\((.*?)\n\s*\*\*kwargs", inspect.getsource(modeling), re.DOTALL)
+    return bool(calls) and all("sliding_window=" in call for call in calls)
