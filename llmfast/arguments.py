@@ -31,9 +31,9 @@ def real(x, name):
     raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
 
 
-def same_device(t, name, q):
-    if t.device != q.device:
-        raise ValueError(f"{name}: is on {t.device} and q on {q.device}")
+def same_device(t, name, other, other_name="q"):
+    if t.device != other.device:
+        raise ValueError(f"{name}: is on {t.device} and {other_name} on {other.device}")
 
 
 def autocast(q, k, v, bias):

@@ -5,7 +5,18 @@ from torch import Tensor
 
 from . import arguments, ops
 from .backends import cpu, reference
-from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, OPEN, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
+from .spec import (
+    NO_CROSS_ENTROPY_EXTRAS,
+    NO_EXTRAS,
+    NO_SOFTMAX_EXTRAS,
+    OPEN,
+    AttentionSpec,
+    CrossEntropyExtras,
+    CrossEntropySpec,
+    Extras,
+    SoftmaxExtras,
+    SoftmaxSpec,
+)
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
@@ -316,6 +327,119 @@ def log_softmax(
     >>> logp = llmfast.log_softmax(logits)
     """
     return _softmax(x, dim, scale, mask, bias, causal, out, backend, True)
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
+    z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean", inplace_backward: bool = False,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross entropy of logits and class indices; no float32 copy of the logits is made.
+
+    Args:
+        logits: (V,), (N, V) or (N, V, d1, ...).
+        target: int64 of shape (), (N,) or (N, d1, ...). A target outside [0, V) that isn't ignore_index is an IndexError on a
+            CPU; on a GPU, where the host doesn't read it, that row's loss is NaN.
+        weight: (V,), a factor for each class. ignore_index: rows with this target have no loss and no gradient.
+        label_smoothing: in [0, 1]; the share of the target's probability spread over all classes.
+        z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311). softcap: logits become softcap * tanh(logits / softcap).
+        reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none".
+        inplace_backward: the gradient is written over the logits, which saves their memory once more; they must not be
+            used again.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), also for half precision; () or target's shape.
+
+    >>> loss = llmfast.cross_entropy(logits, target, label_smoothing=0.1)
+    """
+    spec, extras = _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    V = logits.shape[0 if logits.dim() == 1 else 1]
+    rows = logits[None] if logits.dim() == 1 else logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, V)
+    y = target.reshape(-1)
+    loss = ops.cross_entropy(rows, y, spec, extras, backend, inplace_backward)
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / _count(y, spec, extras)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, *, bias: Tensor | None = None, class_weight: Tensor | None = None,
+    ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
+    reduction: str = "mean", chunk: int | None = None, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """cross_entropy(x weight^T + bias, target) in chunks of rows: the logits never exist whole.
+
+    Args:
+        x: (..., D) hidden states; weight: (V, D); target: (...) int64; bias: (V,). All differentiable but target, once.
+        class_weight, ignore_index, label_smoothing, z_loss, softcap: as in `cross_entropy`.
+        reduction: "mean" or "sum".
+        chunk: rows at a time; by default as many as make 8 million logits.
+
+    >>> loss = llmfast.linear_cross_entropy(hidden, model.lm_head.weight, target)
+    """
+    for name, t in (("x", x), ("weight", weight)):
+        if arguments.tensor(t, name).dtype not in arguments.FLOATS:
+            raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight: expected (V, {x.shape[-1] if x.dim() else 'D'}) to match x, got shape {tuple(weight.shape)}")
+    x, weight, _, bias = arguments.autocast(x, weight, None, bias)
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise ValueError(f"x, weight, bias: expected one dtype, got {x.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else ""))
+    V = weight.shape[0]
+    if bias is not None and tuple(arguments.tensor(bias, "bias").shape) != (V,):
+        raise ValueError(f"bias: expected ({V},), got shape {tuple(bias.shape)}")
+    if arguments.tensor(target, "target").shape != x.shape[:-1]:
+        raise ValueError(f"target: expected shape {tuple(x.shape[:-1])} to match x, got {tuple(target.shape)}")
+    rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    logits = rows.new_empty((rows.shape[0], 0)).expand(-1, 0) if V == 0 else rows[:, :1].expand(-1, V)  # a shape to check against
+    spec, extras = _cross_entropy_problem(logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    chunk = max(16, 2**23 // max(V, 1)) if chunk is None else chunk
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    factor = torch.ones_like(y, dtype=wide)
+    if reduction == "mean":
+        factor = factor / _count(y, spec, extras)
+    return ops.LinearCrossEntropy.apply(rows, weight, bias, y, factor, spec, extras, backend, chunk)
+
+
+def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction):
+    if arguments.tensor(logits, "logits").dtype not in arguments.FLOATS:
+        raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
+    if arguments.tensor(target, "target").dtype is not torch.int64:
+        raise TypeError(f"target: expected int64 class indices, got {target.dtype}")
+    if logits.dim() == 0:
+        raise ValueError("logits: expected (V,), (N, V) or (N, V, d1, ...), got a number")
+    V = logits.shape[0 if logits.dim() == 1 else 1]
+    want = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else ()
+    if tuple(target.shape) != tuple(want):
+        raise ValueError(f"target: expected shape {tuple(want)} to match logits, got {tuple(target.shape)}")
+    arguments.same_device(target, "target", logits, "logits")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    label_smoothing, z_loss = arguments.real(label_smoothing, "label_smoothing"), arguments.real(z_loss, "z_loss")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+    softcap, _ = arguments.softcap_and_dropout(softcap, 0.0)
+    extras = NO_CROSS_ENTROPY_EXTRAS
+    if weight is not None:
+        if tuple(arguments.tensor(weight, "weight").shape) != (V,):
+            raise ValueError(f"weight: expected ({V},), one for each class, got shape {tuple(weight.shape)}")
+        arguments.same_device(weight, "weight", logits, "logits")
+        extras = CrossEntropyExtras(weight.detach().to(ops.lse_dtype(logits)))
+    if target.is_cpu and ops.plain(target) and target.numel():
+        low, high = (int(x) for x in torch.aminmax(target.where(target != ignore_index, 0)))
+        if low < 0 or high >= V:
+            raise IndexError(f"target: {low if low < 0 else high} is not one of {V} classes, nor ignore_index {ignore_index}")
+    return CrossEntropySpec(ignore_index, label_smoothing, z_loss, softcap), extras
+
+
+def _count(target, spec, extras):
+    """What a mean divides by: the class weights of the rows that count."""
+    kept = target != spec.ignore_index
+    return kept.sum() if extras.weight is None else (extras.weight[target.where(kept, 0)] * kept).sum()
+
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
     if arguments.tensor(x, "x").dtype not in arguments.FLOATS:

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from .backends import ORDER, check_name, forced, pick, reference, unforced
-from .spec import NO_EXTRAS, AttentionSpec, Extras, Grads, SoftmaxExtras, SoftmaxSpec, schema
+from .spec import (
+    NO_EXTRAS,
+    AttentionSpec,
+    CrossEntropyExtras,
+    CrossEntropySpec,
+    Extras,
+    Grads,
+    SoftmaxExtras,
+    SoftmaxSpec,
+    schema,
+)
 
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
 
@@ -333,3 +343,147 @@ torch.library.register_fake(
 torch.library.register_autograd("llmfast::softmax_fwd", _softmax_grad, setup_context=_softmax_setup, lib=_lib)
 torch.library.register_vmap("llmfast::softmax_fwd", _softmax_vmap(torch.ops.llmfast.softmax_fwd, 1), lib=_lib)
 torch.library.register_vmap("llmfast::softmax_bwd", _softmax_vmap(torch.ops.llmfast.softmax_bwd, 2), lib=_lib)
+
+
+# ---- cross entropy
+
+
+def cross_entropy(x, target, spec: CrossEntropySpec, extras: CrossEntropyExtras, backend: str | None, inplace: bool):
+    """The loss of each row (T,); only x has a gradient, written over x itself when inplace."""
+    check_name(backend)
+    grad = needs_grad(x)
+    if plain(x, target, *extras):
+        found = pick("cross_entropy", (x, target, spec, extras), backend, grad)
+        if grad:
+            return _CrossEntropy.apply(x, target, spec, extras, found, backend, inplace)
+        return found.forward(x, target, spec, extras)[0]
+    return torch.ops.llmfast.cross_entropy_fwd(x, target, *spec, *extras, ORDER.index(backend) if backend else -1)[0]
+
+
+def cross_entropy_rows(x, target, spec, extras, backend):
+    """(loss, lse) of each row without a gradient of its own, for linear_cross_entropy."""
+    if plain(x, target, *extras):
+        return pick("cross_entropy", (x, target, spec, extras), backend).forward(x, target, spec, extras)
+    return torch.ops.llmfast.cross_entropy_fwd(x, target, *spec, *extras, ORDER.index(backend) if backend else -1)
+
+
+def cross_entropy_backward(dloss, x, target, lse, spec, extras, backend, inplace):
+    if _grad_enabled() and (dloss.requires_grad or x.requires_grad):
+        lse = torch.logsumexp(reference.capped(reference.wide(x), spec)[0], -1)
+        return reference.cross_entropy_backward(dloss, x, target, lse, spec, extras)
+    if plain(dloss, x, target, lse):
+        found = pick("cross_entropy", (x, target, spec, extras), backend, True)
+        return found.backward(dloss, x, target, lse, spec, extras, x if inplace else None)
+    code = ORDER.index(backend) if backend else -1
+    return torch.ops.llmfast.cross_entropy_bwd(dloss, x, target, lse, *spec, *extras, code)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, target, spec, extras, found, backend, inplace):
+        loss, lse = found.forward(x, target, spec, extras)
+        ctx.save_for_backward(x, target, lse, *extras)
+        ctx.spec, ctx.backend, ctx.inplace = spec, backend or forced(), inplace
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, target, lse, *extras = ctx.saved_tensors
+        extras = CrossEntropyExtras(*extras)
+        dx = cross_entropy_backward(dloss, x, target, lse, ctx.spec, extras, ctx.backend, ctx.inplace)
+        return dx, *(None,) * 6
+
+
+_ce_problem = f"{schema(CrossEntropySpec)}, {schema(CrossEntropyExtras)}, int backend"
+_lib.define(f"cross_entropy_fwd(Tensor x, Tensor target, {_ce_problem}) -> (Tensor, Tensor)", tags=_tags)
+_lib.define(f"cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, Tensor lse, {_ce_problem}) -> Tensor", tags=_tags)
+_CSPEC = len(CrossEntropySpec._fields)
+
+
+def _ce_split(rest):
+    backend = None if rest[-1] < 0 else ORDER[rest[-1]]
+    return CrossEntropySpec(*rest[:_CSPEC]), CrossEntropyExtras(*rest[_CSPEC:-1]), backend
+
+
+def _ce_fwd(x, target, *rest):
+    spec, extras, backend = _ce_split(rest)
+    return pick("cross_entropy", (x, target, spec, extras), backend).forward(x, target, spec, extras)
+
+
+def _ce_bwd(dloss, x, target, lse, *rest):
+    spec, extras, backend = _ce_split(rest)
+    found = pick("cross_entropy", (x, target, spec, extras), backend, True)
+    return found.backward(dloss, x, target, lse, spec, extras)
+
+
+def _ce_setup(ctx, inputs, output):
+    ctx.spec, extras, ctx.backend = _ce_split(inputs[2:])
+    ctx.save_for_backward(*inputs[:2], output[1], *extras)
+    ctx.set_materialize_grads(False)
+
+
+def _ce_grad(ctx, dloss, dlse):
+    x, target, lse, *extras = ctx.saved_tensors
+    dloss = torch.zeros_like(lse) if dloss is None else dloss
+    dx = cross_entropy_backward(dloss, x, target, lse, ctx.spec, CrossEntropyExtras(*extras), ctx.backend, False)
+    if dlse is not None:  # only for callers of the operator itself: llmfast.cross_entropy gives no lse
+        capped, dcap = reference.capped(reference.wide(x), ctx.spec)
+        dx = dx + (dlse[:, None] * torch.exp(capped - lse[:, None]) * dcap).to(x.dtype)
+    return dx, *(None,) * (1 + _CSPEC + len(extras) + 1)
+
+
+_lib.impl("cross_entropy_fwd", _ce_fwd, "CompositeExplicitAutograd")
+_lib.impl("cross_entropy_bwd", _ce_bwd, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "llmfast::cross_entropy_fwd",
+    lambda x, target, *_: tuple(x.new_empty(x.shape[:1], dtype=lse_dtype(x)) for _ in range(2)),
+    lib=_lib,
+)
+torch.library.register_fake("llmfast::cross_entropy_bwd", lambda dloss, x, *_: torch.empty_like(x), lib=_lib)
+torch.library.register_autograd("llmfast::cross_entropy_fwd", _ce_grad, setup_context=_ce_setup, lib=_lib)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """sum(factor * cross_entropy(x weight^T + bias)) in chunks of rows, so that the logits never exist whole.
+
+    x (T, D), weight (V, D), bias (V,), factor (T,): what each row's loss counts. The gradients are made in the forward, while a
+    chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, target, factor, spec, extras, backend, chunk):
+        total = factor.new_zeros(())
+        wanted = ctx.needs_input_grad
+        dx = torch.empty_like(x) if wanted[0] else None
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # sums over chunks
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        for i in range(0, x.shape[0], chunk):
+            rows = slice(i, i + chunk)
+            logits = torch.nn.functional.linear(x[rows], weight, bias)  # (chunk, V)
+            loss, lse = cross_entropy_rows(logits, target[rows], spec, extras, backend)
+            total = total + (loss * factor[rows]).sum()
+            if not any(wanted[:3]):
+                continue
+            d = cross_entropy_backward(factor[rows], logits, target[rows], lse, spec, extras, backend, True)
+            if dx is not None:
+                dx[rows] = d @ weight
+            if dweight is not None:
+                dweight += d.mT @ x[rows]
+            if dbias is not None:
+                dbias += d.sum(0, dtype=wide)
+        ctx.save_for_backward(dx, dweight, dbias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        dx, dweight, dbias = ctx.saved_tensors
+        scaled = lambda t, dtype: None if t is None else (t * g).to(dtype)
+        return (
+            None if dx is None else dx * g.to(dx.dtype),
+            scaled(dweight, ctx.dtypes[0]),
+            scaled(dbias, ctx.dtypes[1]),
+            *(None,) * 6,
+        )

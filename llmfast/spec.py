@@ -58,6 +58,24 @@ class SoftmaxExtras(NamedTuple):
     bias: Tensor | None = None  # float, added to scale * x
 
 
+class CrossEntropySpec(NamedTuple):
+    """The loss of a row: (1 - label_smoothing) * w[y] * (lse - x[y]) + label_smoothing / V * sum w (lse - x) + z_loss * lse^2.
+
+    x are the logits after softcap; a row whose target is ignore_index has loss 0.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float = 0.0
+
+
+class CrossEntropyExtras(NamedTuple):
+    """Optional tensors of a cross entropy."""
+
+    weight: Tensor | None = None  # (V,) float32 (float64 for float64 logits): a factor for each class
+
+
 class Grads(NamedTuple):
     """What a backward returns; None where the input was not given or needs no gradient."""
 
@@ -70,6 +88,7 @@ class Grads(NamedTuple):
 
 NO_EXTRAS = Extras()
 NO_SOFTMAX_EXTRAS = SoftmaxExtras()
+NO_CROSS_ENTROPY_EXTRAS = CrossEntropyExtras()
 _SCHEMA_TYPES = {float: "float", int: "int", bool: "bool", Tensor | None: "Tensor?"}
 
 

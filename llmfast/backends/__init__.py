@@ -12,7 +12,6 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 ORDER = ("cuda", "triton", "cpu", "reference")
-OPERATIONS = ("attention", "softmax")
 
 
 class Op(NamedTuple):

@@ -18,7 +18,7 @@ def forward(q, k, v, spec, extras, need_lse=True):
     if not extras.packed:
         return tuple(torch.cat(p) for p in zip(*parts, strict=True)) if parts else _dense_forward(q, k, v, spec, NO_EXTRAS)
     o = q.new_zeros(*q.shape[:3], v.shape[3])  # rows that no sequence covers stay zero
-    lse = q.new_full(q.shape[:3], float("-inf"), dtype=_wide(q).dtype)
+    lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q).dtype)
     for (_, rows, _, _, _), (o_part, lse_part) in zip(_sequences(q, k, v, extras), parts, strict=True):
         o[:, :, rows], lse[:, :, rows] = o_part, lse_part
     return o, lse
@@ -40,18 +40,18 @@ def backward(do, q, k, v, o, lse, delta, spec, extras):
 
 def rowdot(o, do):
     """delta = rowsum(o * do): (B, H, Nq) in float32 or wider."""
-    return (_wide(o) * _wide(do)).sum(-1)
+    return (wide(o) * wide(do)).sum(-1)
 
 
 def _dense_forward(q, k, v, spec, extras, batch=0):
     s, _ = scores(q, k, spec, extras)
     lse, p = _softmax(s, extras.sinks)
-    o = _drop(p, spec, extras, batch) @ _wide(_expand(v, q))
+    o = _drop(p, spec, extras, batch) @ wide(_expand(v, q))
     return o.to(q.dtype), lse
 
 
 def _dense_backward(do, q, k, v, lse, delta, spec, extras, batch=0):
-    wq, wk, wv, do = _wide(q), _wide(_expand(k, q)), _wide(_expand(v, q)), _wide(do)
+    wq, wk, wv, do = wide(q), wide(_expand(k, q)), wide(_expand(v, q)), wide(do)
     s, dcap = scores(q, k, spec, extras)
     p = torch.exp(s - _finite(lse)[..., None])  # (B, H, Nq, Nk); zero in a row that sees no key
     dv = _drop(p, spec, extras, batch).mT @ do
@@ -59,7 +59,7 @@ def _dense_backward(do, q, k, v, lse, delta, spec, extras, batch=0):
     dbias = None if extras.bias is None else ds.sum_to_size(extras.bias.shape).to(extras.bias.dtype)
     dsinks = None
     if extras.sinks is not None:
-        psink = torch.exp(_wide(extras.sinks)[:, None] - _finite(lse))
+        psink = torch.exp(wide(extras.sinks)[:, None] - _finite(lse))
         dsinks = -(psink * delta).sum((0, 2)).to(extras.sinks.dtype)
     ds = ds * dcap * spec.scale
     return Grads((ds @ wk).to(q.dtype), _fold(ds.mT @ wq, k), _fold(dv, v), dbias, dsinks)
@@ -68,13 +68,13 @@ def _dense_backward(do, q, k, v, lse, delta, spec, extras, batch=0):
 def scores(q, k, spec, extras):
     """scale * q k^T, softcap, bias, ALiBi, mask and band: (B, H, Nq, Nk), and the derivative of the softcap."""
     nq, nk = q.shape[-2], k.shape[-2]
-    s = _wide(q) @ _wide(_expand(k, q)).mT * spec.scale
+    s = wide(q) @ wide(_expand(k, q)).mT * spec.scale
     dcap = 1.0
     if spec.softcap:
         t = torch.tanh(s / spec.softcap)
         s, dcap = spec.softcap * t, 1 - t * t
     if extras.bias is not None:
-        s = s + _wide(extras.bias)
+        s = s + wide(extras.bias)
     distance = torch.arange(nk, device=q.device) - torch.arange(nq, device=q.device)[:, None] - (nk - nq)  # (Nq, Nk)
     if extras.alibi_slopes is not None:
         s = s - extras.alibi_slopes.to(s.dtype)[..., None, None] * distance.abs()
@@ -121,12 +121,12 @@ def _drop(p, spec, extras, batch):
 def _softmax(s, sinks):
     m = s.detach().amax(-1) if s.shape[-1] else s.new_full(s.shape[:-1], float("-inf"))
     if sinks is not None:
-        m = torch.maximum(m, _wide(sinks.detach())[:, None].to(m.dtype))
+        m = torch.maximum(m, wide(sinks.detach())[:, None].to(m.dtype))
     m = _finite(m)
     e = torch.exp(s - m[..., None])
     l = e.sum(-1)
     if sinks is not None:
-        l = l + torch.exp(_wide(sinks)[:, None] - m)
+        l = l + torch.exp(wide(sinks)[:, None] - m)
     empty = l == 0
     l = l.masked_fill(empty, 1.0)
     return (torch.log(l) + m).masked_fill(empty, float("-inf")), e / l[..., None]
@@ -156,7 +156,7 @@ def _range(cu_seqlens, b, total):
     return slice(start, max(start, stop))
 
 
-def _wide(x):
+def wide(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -182,7 +182,7 @@ def softmax_forward(x, out, spec, extras):
 
 def softmax_backward(dy, y, spec, extras):
     """ds = y * (dy - sum(y dy)), or dy - exp(y) sum(dy) for log_softmax; dx = scale * ds."""
-    wy, dy = _wide(y), _wide(dy)
+    wy, dy = wide(y), wide(dy)
     if spec.log:
         dy = dy.masked_fill(wy == float("-inf"), 0.0)
         ds = dy - wy.exp() * dy.sum(-1, keepdim=True)
@@ -194,9 +194,9 @@ def softmax_backward(dy, y, spec, extras):
 
 def softmax_scores(x, spec, extras):
     """scale * x + bias with hidden entries at -inf: (L0, L1, M, N)."""
-    s = _wide(x) * spec.scale
+    s = wide(x) * spec.scale
     if extras.bias is not None:
-        s = s + _wide(extras.bias)
+        s = s + wide(extras.bias)
     M, N = x.shape[-2:]
     hidden = torch.arange(N, device=x.device) > torch.arange(M, device=x.device)[:, None] + spec.offset
     if extras.mask is not None:
@@ -204,8 +204,46 @@ def softmax_scores(x, spec, extras):
     return s.masked_fill(hidden, float("-inf"))
 
 
+def cross_entropy_forward(x, target, spec, extras):
+    """(loss, lse), each (T,), of logits x (T, V) and targets (T,) int64."""
+    x = capped(wide(x), spec)[0]
+    lse = torch.logsumexp(x, -1)
+    kept = target != spec.ignore_index
+    y = target.where(kept, 0)
+    w = x.new_ones(x.shape[1]) if extras.weight is None else extras.weight.to(x.dtype)
+    loss = (1 - spec.label_smoothing) * w[y] * (lse - x.gather(1, y[:, None])[:, 0])
+    if spec.label_smoothing:
+        loss = loss + spec.label_smoothing / x.shape[1] * (w * (lse[:, None] - x)).sum(-1)
+    if spec.z_loss:
+        loss = loss + spec.z_loss * lse.square()
+    return loss.where(kept, 0.0), lse
+
+
+def cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
+    """dx = dloss * (a p - (1 - label_smoothing) w[y] onehot - label_smoothing / V w), a the sum of what each p is weighed by."""
+    wx, dcap = capped(wide(x), spec)
+    V = wx.shape[1]
+    kept = target != spec.ignore_index
+    y = target.where(kept, 0)
+    w = wx.new_ones(V) if extras.weight is None else extras.weight.to(wx.dtype)
+    hit, smooth = (1 - spec.label_smoothing) * w[y], spec.label_smoothing / V
+    a = hit + smooth * w.sum() + 2 * spec.z_loss * lse
+    dx = a[:, None] * torch.exp(wx - lse[:, None]) - smooth * w
+    dx = dx - torch.zeros_like(dx).scatter(1, y[:, None], hit[:, None])
+    dx = (dx * dcap * dloss.where(kept, 0.0)[:, None]).masked_fill(~kept[:, None], 0.0).to(x.dtype)
+    return dx if out is None else out.copy_(dx)
+
+
+def capped(x, spec):
+    if not spec.softcap:
+        return x, 1.0
+    t = torch.tanh(x / spec.softcap)
+    return spec.softcap * t, 1 - t * t
+
+
 attention = Op(lambda *_: None, forward, backward, rowdot)
 softmax = Op(lambda *_: None, softmax_forward, softmax_backward)
+cross_entropy = Op(lambda *_: None, cross_entropy_forward, cross_entropy_backward)
 
 
 def available() -> str | None:

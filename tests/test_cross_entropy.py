@@ -1,0 +1,180 @@
+"""Cross entropy, and linear cross entropy that never holds the logits, on every backend against PyTorch in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_attention import DTYPES, device_of
+
+import llmfast
+from llmfast import backends, cases
+
+OPTIONS = {
+    "plain": {},
+    "ignore": dict(ignore_index=3),
+    "smoothing": dict(label_smoothing=0.2),
+    "weight": dict(weight=True),
+    "everything PyTorch has": dict(weight=True, label_smoothing=0.1, ignore_index=1),
+    "z loss": dict(z_loss=0.01),
+    "softcap": dict(softcap=3.0),
+    "everything": dict(weight=True, label_smoothing=0.1, ignore_index=1, z_loss=0.01, softcap=5.0),
+}
+SHAPES = [(1, 2), (7, 5), (33, 517), (5, 5003), (3, 70001)]
+
+
+def problem(shape, name, dtype, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+    options = dict(OPTIONS[name])
+    x = torch.randn(*shape, generator=g).mul(3).to(dtype).to(device)
+    y = torch.randint(0, shape[1], shape[:1], generator=g).to(device)
+    y[::3] = options.get("ignore_index", int(y[0])) % shape[1]
+    y[-1] = 0
+    if options.get("weight"):
+        options["weight"] = (torch.rand(shape[1], generator=g) + 0.5).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+    return x, y, options
+
+
+def truth(x, y, options, reduction="none"):
+    """PyTorch's, in float64, with the softcap and the z-loss around it."""
+    options = dict(options)
+    cap, z = options.pop("softcap", 0.0), options.pop("z_loss", 0.0)
+    x = cap * torch.tanh(x / cap) if cap else x
+    if "weight" in options:
+        options["weight"] = options["weight"].double()
+    loss = F.cross_entropy(x, y, reduction="none", **options)
+    loss = loss + z * x.logsumexp(-1).square() * (y != options.get("ignore_index", -100))
+    if reduction == "none":
+        return loss
+    w = options.get("weight", torch.ones(x.shape[1], dtype=x.dtype, device=x.device))[y]
+    return loss.sum() if reduction == "sum" else loss.sum() / (w * (y != options.get("ignore_index", -100))).sum()
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_agrees_with_float64(shape, name, dtype, backend):
+    x, y, options = problem(shape, name, DTYPES[dtype], device_of(backend))
+
+    def run(x, backend, inplace=False):
+        x = x.detach().clone().requires_grad_()
+        loss = llmfast.cross_entropy(x, y, reduction="none", inplace_backward=inplace, backend=backend, **options)
+        dloss = torch.linspace(0.5, 1.5, len(y), device=x.device).to(loss.dtype)
+        return loss.detach(), torch.autograd.grad(loss, x, dloss)[0]
+
+    try:
+        loss, dx = run(x, backend)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    wide = x.double().requires_grad_()
+    loss64 = truth(wide, y, options)
+    (dx64,) = torch.autograd.grad(loss64, wide, torch.linspace(0.5, 1.5, len(y), device=x.device).double())
+    if dtype == "fp64":  # the truth itself is rounded alike
+        for got, want in ((loss, loss64.detach()), (dx, dx64)):
+            torch.testing.assert_close(got, want, atol=1e-12 * want.abs().max().item(), rtol=1e-12)
+    else:
+        ref = run(x, "reference")
+        assert cases.breaks("loss", loss, loss64.detach(), [ref[0]], cases.C_FORWARD, loss.dtype, by_head=False) == []
+        assert cases.breaks("dx", dx, dx64, [ref[1]], cases.C_GRADIENT, x.dtype, by_head=False) == []
+    assert torch.equal(run(x, backend, inplace=True)[1], dx)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("logits", "target"), [((9,), ()), ((4, 9), (4,)), ((4, 9, 3), (4, 3)), ((2, 9, 3, 5), (2, 3, 5)), ((0, 9), (0,))])
+def test_is_pytorchs(logits, target, reduction):
+    x, y = torch.randn(logits), torch.randint(0, 9, target)
+    for options in ({}, dict(ignore_index=2, label_smoothing=0.1), dict(weight=torch.rand(9))):
+        got = llmfast.cross_entropy(x, y, reduction=reduction, **options)
+        torch.testing.assert_close(got, F.cross_entropy(x, y, reduction=reduction, **options), equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_linear(name, reduction, chunk):
+    _, y, options = problem((33, 29), name, torch.float32)
+    inputs = [torch.randn(33, 8), torch.randn(29, 8), torch.randn(29)]
+    mine = [t.clone().requires_grad_() for t in inputs]
+    wide = [t.double().requires_grad_() for t in inputs]
+    weights = {"class_weight" if n == "weight" else n: t for n, t in options.items()}
+    got = llmfast.linear_cross_entropy(mine[0], mine[1], y, bias=mine[2], reduction=reduction, chunk=chunk, **weights)
+    want = truth(F.linear(*wide), y, options, reduction)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(3 * got, mine), torch.autograd.grad(3 * want, wide), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+def test_linear_never_holds_the_logits():
+    """The largest tensor made is a chunk of logits, not (T, V)."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(t, torch.Tensor):
+                    Largest.size = max(Largest.size, t.untyped_storage().nbytes())
+            return out
+
+    x, w = torch.randn(256, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
+    with Largest():
+        llmfast.linear_cross_entropy(x, w, torch.randint(0, 1000, (256,)), chunk=16, backend="reference").backward()
+    assert Largest.size < 256 * 1000 * 4 / 2
+
+
+def test_gradcheck():
+    x, y = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, 2, 2])
+    for smoothing, z, cap in itertools.product((0.0, 0.3), (0.0, 0.1), (0.0, 2.0)):
+        fn = lambda x, s=smoothing, z=z, c=cap: llmfast.cross_entropy(x, y, label_smoothing=s, z_loss=z, softcap=c, ignore_index=2)
+        assert torch.autograd.gradcheck(fn, (x,))
+        assert torch.autograd.gradgradcheck(fn, (x,))
+
+
+def test_compiles_whole():
+    torch._dynamo.reset()
+    x, y = torch.randn(6, 11, requires_grad=True), torch.randint(0, 11, (6,))
+    w = torch.randn(11, 4, requires_grad=True)
+    h = torch.randn(6, 4, requires_grad=True)
+    for fn, inputs in (
+        (lambda x: llmfast.cross_entropy(x, y, label_smoothing=0.1), (x,)),
+        (lambda h, w: llmfast.linear_cross_entropy(h, w, y), (h, w)),
+    ):
+        compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(fn(*inputs), inputs))
+    torch.library.opcheck(torch.ops.llmfast.cross_entropy_fwd.default, (x, y, -100, 0.1, 0.0, 0.0, None, -1))
+
+
+def test_half_precision_has_a_float32_loss():
+    x, y = (torch.randn(64, 1000) * 4).bfloat16(), torch.randint(0, 1000, (64,))
+    loss = llmfast.cross_entropy(x, y)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), F.cross_entropy(x.double(), y), atol=1e-5, rtol=1e-5)
+
+
+X, Y = torch.randn(4, 9), torch.tensor([0, 8, 3, 3])
+BAD = [
+    (lambda: llmfast.cross_entropy(X.int(), Y), TypeError, "logits: expected a floating"),
+    (lambda: llmfast.cross_entropy(X, Y.int()), TypeError, "target: expected int64"),
+    (lambda: llmfast.cross_entropy(X, X), TypeError, "target: expected int64"),
+    (lambda: llmfast.cross_entropy(X, Y[:3]), ValueError, "target: expected shape .4,."),
+    (lambda: llmfast.cross_entropy(X, Y + 1), IndexError, "target: 9 is not one of 9 classes"),
+    (lambda: llmfast.cross_entropy(X, Y - 1), IndexError, "target: -1 is not one of 9"),
+    (lambda: llmfast.cross_entropy(X, Y, reduction="max"), ValueError, "reduction: expected"),
+    (lambda: llmfast.cross_entropy(X, Y, label_smoothing=2.0), ValueError, "label_smoothing: expected"),
+    (lambda: llmfast.cross_entropy(X, Y, weight=torch.ones(4)), ValueError, "weight: expected .9,."),
+    (lambda: llmfast.cross_entropy(X, Y, ignore_index=1.5), TypeError, "ignore_index: expected an int"),
+    (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 8), Y), ValueError, "weight: expected .V, 9."),
+    (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 9), Y), IndexError, "target: 8 is not one of 5"),
+    (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9).half(), Y), ValueError, "expected one dtype"),
+    (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, bias=torch.ones(3)), ValueError, "bias: expected .9,."),
+    (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, reduction="none"), ValueError, "reduction"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[m[:30] for _, _, m in BAD])
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
