@@ -19,10 +19,14 @@ PYBIND11_MODULE(_cpu, m) {
     kernels = found;
   });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
-  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse,
-                                const py::tuple& s, const py::tuple& e) {
-    AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
-    py::gil_scoped_release release;
-    kernels->attention_forward(p);
-  });
+  auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
+    m.def(name, [kernel](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
+                         const py::tuple& e) {
+      AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
+      py::gil_scoped_release release;
+      (kernels->*kernel)(p);
+    });
+  };
+  forward("attention_forward", &cpu::Kernels::attention_forward);
+  forward("attention_decode", &cpu::Kernels::attention_decode);
 }

@@ -7,6 +7,7 @@ namespace llmfast::cpu {
 struct Kernels {
   const char* name;
   void (*attention_forward)(const AttentionForward&);
+  void (*attention_decode)(const AttentionForward&);
   double (*peak)(Dtype);
 };
 

@@ -2,6 +2,8 @@
 #include "cpu/simd.h"
 
 #include "cpu/sequence.inl"
+
+#include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
 #include "cpu/peak.inl"
 
@@ -12,6 +14,7 @@ namespace llmfast::cpu {
 const Kernels LLMFAST_TABLE = {
     LLMFAST_NAME(LLMFAST_ISA),
     LLMFAST_ISA::attention_forward,
+    LLMFAST_ISA::attention_decode,
     LLMFAST_ISA::peak,
 };
 }  // namespace llmfast::cpu
