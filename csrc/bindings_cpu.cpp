@@ -40,14 +40,14 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (H != Hk && args[5] != Py_True) Py_RETURN_NONE;
     if (args[4] != Py_None && !PyFloat_CheckExact(args[4])) Py_RETURN_NONE;
     const double scale = args[4] == Py_None ? 1 / std::sqrt(static_cast<double>(D)) : PyFloat_AS_DOUBLE(args[4]);
-    const int64_t open = int64_t{1} << 30;  // OPEN of llmfast/spec.py
+    const int64_t open = int64_t{1} << 30, kDecodeQueries = 16;  // OPEN of llmfast/spec.py, DECODE_QUERIES of llmfast/ops.py
     const long causal = PyLong_AsLong(args[3]);
     const AttentionSpec spec{scale, open, causal == 0 ? open : causal == 1 ? 0 : Nq - Nk, 0, 0};
     py::object o = owned(PyObject_CallOneArg(empty_like, args[0]));
     AttentionForward p{q, k, v, view(o), Tensor{}, spec, Extras{}};
     {
       py::gil_scoped_release release;
-      kernels->attention_forward(p);
+      (Nq <= kDecodeQueries ? kernels->attention_decode : kernels->attention_forward)(p);
     }
     return o.release().ptr();
   } catch (py::error_already_set& e) {
@@ -73,12 +73,16 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
   m.attr("attention_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr));
-  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse,
-                                const py::tuple& s, const py::tuple& e) {
-    AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
-    py::gil_scoped_release release;
-    kernels->attention_forward(p);
-  });
+  auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
+    m.def(name, [kernel](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
+                         const py::tuple& e) {
+      AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
+      py::gil_scoped_release release;
+      (kernels->*kernel)(p);
+    });
+  };
+  forward("attention_forward", &cpu::Kernels::attention_forward);
+  forward("attention_decode", &cpu::Kernels::attention_decode);
   m.def("attention_backward", [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta,
                                  py::handle dq, py::handle dk, py::handle dv, py::handle dbias, py::handle dsinks,
                                  const py::tuple& s, const py::tuple& e) {

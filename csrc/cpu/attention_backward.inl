@@ -11,8 +11,7 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_bwd {
 
-using attention_fwd::kChunk, attention_fwd::kPairs, attention_fwd::multiply_add, attention_fwd::read, attention_fwd::tiles,
-    attention_fwd::unit, attention_fwd::vectors;
+using attention_fwd::kChunk, attention_fwd::tiles, attention_fwd::vectors;
 
 constexpr int kBlock = 64, kStrip = 16, kStrips = kBlock / kStrip;
 constexpr int64_t kChunkKeys = 512, kMaxChunks = 16;  // adding a chunk's dQ costs about 1 % of what computes it

@@ -20,11 +20,6 @@ template <class C>  // head dims summed in one accumulator, so that long sums er
 constexpr int64_t kChunk = std::is_same_v<C, double> ? 16 : kFma ? 64 : 32;
 
 template <class T>
-constexpr bool kPairs = std::is_same_v<T, bf16> && kDotBf16;
-template <class T>  // what one step of a product takes of q, k, p or v
-using unit = std::conditional_t<kPairs<T>, int32_t, compute<T>>;
-
-template <class T>
 struct Block {
   const AttentionForward& a;
   Sequence seq;
@@ -44,21 +39,6 @@ struct Workspace {
   C *k, *s, *o, *tile;  // (96, D), (96, 64), (Dv, 64), (16, 64)
   alignas(64) C m[kRows], l[kRows], alpha[kRows];
 };
-
-template <class U>
-LLMFAST_INLINE U read(const char* p, int64_t i) {
-  U x;
-  __builtin_memcpy(&x, p + i * sizeof(U), sizeof(U));
-  return x;
-}
-template <class C>
-LLMFAST_INLINE vec_of<C> multiply_add(vec_of<C> acc, C x, vec_of<C> y) {
-  return acc + splat(x) * y;
-}
-template <class C>
-LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
-  return dot(acc, splat(x), y);
-}
 
 // S[r][v] = sum over d of k[r][d] * qt[d][v]: R keys x V vectors of queries
 template <int R, int V, class C, class U>

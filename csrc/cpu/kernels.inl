@@ -2,6 +2,8 @@
 #include "cpu/simd.h"
 
 #include "cpu/sequence.inl"
+
+#include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/peak.inl"
@@ -13,6 +15,7 @@ namespace llmfast::cpu {
 const Kernels LLMFAST_TABLE = {
     LLMFAST_NAME(LLMFAST_ISA),
     LLMFAST_ISA::attention_forward,
+    LLMFAST_ISA::attention_decode,
     LLMFAST_ISA::peak,
     LLMFAST_ISA::attention_backward,
     LLMFAST_ISA::rowdot,

@@ -1,4 +1,4 @@
-// What a kernel sees of one sequence: its rows of q and o, its keys, and where a key's row lies.
+// What the attention kernels share: a sequence's rows and keys, where a key's row lies, and the unit of a product.
 namespace llmfast::cpu::LLMFAST_ISA {
 
 LLMFAST_INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
@@ -77,6 +77,26 @@ LLMFAST_INLINE void widen(const double* from, int64_t n, double* to) {
 // float32 for everything narrower than float64.
 template <class T>
 using compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+constexpr bool kPairs = std::is_same_v<T, bf16> && kDotBf16;
+template <class T>  // what one step of a product takes of q, k, p or v
+using unit = std::conditional_t<kPairs<T>, int32_t, compute<T>>;
+
+template <class U>
+LLMFAST_INLINE U read(const char* p, int64_t i) {
+  U x;
+  __builtin_memcpy(&x, p + i * sizeof(U), sizeof(U));
+  return x;
+}
+template <class C>
+LLMFAST_INLINE vec_of<C> multiply_add(vec_of<C> acc, C x, vec_of<C> y) {
+  return acc + splat(x) * y;
+}
+template <class C>
+LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
+  return dot(acc, splat(x), y);
+}
 
 LLMFAST_INLINE float log(float x) { return __builtin_logf(x); }
 LLMFAST_INLINE double log(double x) { return __builtin_log(x); }

@@ -47,10 +47,18 @@ def _attention_supports(q, k, v, spec, extras):
 
 
 def _attention_forward(q, k, v, spec, extras, need_lse=True):
+    return _run(_cpu.attention_forward, q, k, v, spec, extras, need_lse)
+
+
+def _attention_decode(q, k, v, spec, extras, need_lse=True):
+    return _run(_cpu.attention_decode, q, k, v, spec, extras, need_lse)
+
+
+def _run(kernel, q, k, v, spec, extras, need_lse):
     q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
     o = like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=lse_dtype(q)) if need_lse else None
-    _cpu.attention_forward(q, k, v, o, lse, spec, extras)
+    kernel(q, k, v, o, lse, spec, extras)
     return o, lse
 
 
@@ -71,4 +79,4 @@ def _rowdot(o, do):
     return delta
 
 
-attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot)
+attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, decode=_attention_decode)

@@ -1,0 +1,336 @@
+// Attention of a few queries, o = softmax(scale q k^T) v with SIMD lanes over the head dim: k and v are streamed once, as they lie.
+//
+// The rows of a task are the queries of all heads that share a kv head; its keys are one split of kSplit = 512, computed from a fresh
+// (m, l, acc). Partial results meet in key order by one formula, so the bits depend on the sequence alone. Up to 8 rows share each
+// load of k and v. L = kLanes dot products (R rows x L / R keys) are summed across lanes together.
+// Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a split: under 2 % with 8 heads in a group.
+namespace llmfast::cpu::LLMFAST_ISA {
+namespace attention_dec {
+
+constexpr int kBlock = 64;       // keys between two updates of the maximum: k and v blocks of 32 KiB (float32, D = 128) stay in L2
+constexpr int64_t kSplit = 512;  // enough tasks for the threads at 4 heads x 4096 keys
+
+template <class T>
+struct Task {
+  const AttentionForward& a;
+  Sequence seq;
+  Rows<T> k, v;
+  int64_t kv_head, group, D, Dv, wideD, wideDv, offset;
+  bool adjusts;
+};
+
+// Partial results of one task: acc (rows, wideDv), m and l (rows).
+template <class C>
+struct Partial {
+  C *acc, *m, *l;
+};
+
+template <class T>
+struct Workspace {
+  using C = compute<T>;
+  unit<T>* q;  // (rows, wideD / per)
+  C* l;        // (rows, L): sums by lane
+  alignas(64) C s[8 * kBlock], alpha[8], tile[kBlock];
+  const T *k[kBlock], *v[kBlock];
+};
+
+// A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
+template <class T, bool kPart>
+LLMFAST_INLINE auto units(const T* p, int64_t n) {
+  if constexpr (kPairs<T>) {
+    if constexpr (!kPart) return loadu(reinterpret_cast<const int32_t*>(p));
+    T whole[2 * kLanes] = {};
+    for (int64_t i = 0; i < n; i++) whole[i] = p[i];
+    return loadu(reinterpret_cast<const int32_t*>(whole));
+  } else {
+    if constexpr (kPart) return load_part(p, n);
+    return loadu(p);
+  }
+}
+LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
+LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
+LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
+
+// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile.
+template <int R, class T>
+LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>, K = L / R, kStep = L * (kPairs<T> ? 2 : 1);
+  const int64_t sq = x.wideD / (kPairs<T> ? 2 : 1);
+  for (int64_t j = 0; j < n; j += K) {
+    vec_of<C> acc[L];
+    const T* k[K];
+    LLMFAST_UNROLL for (int i = 0; i < L; i++) acc[i] = vec_of<C>{};
+    LLMFAST_UNROLL for (int t = 0; t < K; t++) {
+      k[t] = w.k[min<int64_t>(j + t, n - 1)];
+      for (int64_t d = 0; d < x.Dv; d += 64 / sizeof(T)) __builtin_prefetch(w.v[min<int64_t>(j + t, n - 1)] + d);
+    }
+    auto step = [&](int64_t d, auto part) __attribute__((always_inline)) {
+      decltype(load(q)) y[K];
+      LLMFAST_UNROLL for (int t = 0; t < K; t++) y[t] = units<T, decltype(part)::value>(k[t] + d, x.D - d);
+      LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+        auto z = load(q + r * sq + d / kStep * L);
+        LLMFAST_UNROLL for (int t = 0; t < K; t++) acc[r * K + t] = product(acc[r * K + t], z, y[t]);
+      }
+    };
+    int64_t d = 0;
+    for (; d + kStep <= x.D; d += kStep) step(d, std::false_type{});
+    if (d < x.D) step(d, std::true_type{});
+    alignas(64) C dots[L];
+    store(dots, sums(acc));
+    LLMFAST_UNROLL for (int r = 0; r < R; r++) __builtin_memcpy(w.s + r * kBlock + j, dots + r * K, K * sizeof(C));
+  }
+}
+
+// acc[r] = acc[r] * alpha[r] + sum over j of P[r][j] v[j], over Z vectors of head dims from d
+template <int R, int Z, bool kPart, class T>
+LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int64_t d, compute<T>* acc) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1, kStep = L * kPer;
+  vec_of<C> a[R][Z * kPer];
+  LLMFAST_UNROLL for (int r = 0; r < R; r++)
+      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
+  for (int64_t j = 0; j < n; j += kPer) {
+    decltype(load(w.q)) v[Z * kPer];
+    LLMFAST_UNROLL for (int z = 0; z < Z; z++) {
+      const int64_t at = d + z * kStep;
+      v[z * kPer] = units<T, kPart>(w.v[j] + at, x.Dv - at);
+      if constexpr (kPairs<T>) {
+        ivec odd = j + 1 < n ? units<T, kPart>(w.v[j + 1] + at, x.Dv - at) : ivec{};
+        interleave(v[z * 2], odd, v[z * 2], v[z * 2 + 1]);
+      }
+    }
+    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+      auto p = splat(read<unit<T>>(reinterpret_cast<const char*>(w.s + r * kBlock), j / kPer));
+      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) a[r][z] = product(a[r][z], p, v[z]);
+    }
+  }
+  LLMFAST_UNROLL for (int r = 0; r < R; r++)
+      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) store(acc + r * x.wideDv + d + z * L, a[r][z]);
+}
+
+template <int R, class T>
+LLMFAST_INLINE void accumulate_row(const Task<T>& x, Workspace<T>& w, int64_t n, compute<T>* acc) {
+  constexpr int kPer = kPairs<T> ? 2 : 1, kStep = kLanesOf<compute<T>> * kPer;
+  constexpr int kFit = (kLanes == 16 ? 16 : 8) / R / kPer, kMost = 4 / kPer, Z = kFit < 1 ? 1 : kFit > kMost ? kMost : kFit;
+  int64_t d = 0;
+  for (; d + Z * kStep <= x.Dv; d += Z * kStep) accumulate<R, Z, false>(x, w, n, d, acc);
+  for (; d + kStep <= x.Dv; d += kStep) accumulate<R, 1, false>(x, w, n, d, acc);
+  if (d < x.Dv) accumulate<R, 1, true>(x, w, n, d, acc);
+}
+
+// n elements of one row of a mask or bias, widened.
+template <class C>
+LLMFAST_INLINE const C* row_of(const Tensor& t, int64_t at, int64_t n, C* to) {
+  const int64_t sj = t.stride[3];
+  if constexpr (std::is_same_v<C, float>) {
+    if (sj == 1 && t.dtype != Dtype::kFloat64) {
+      switch (t.dtype) {
+        case Dtype::kFloat32: return widen(reinterpret_cast<const float*>(t.data) + at, n, to), to;
+        case Dtype::kBFloat16: return widen(reinterpret_cast<const bf16*>(t.data) + at, n, to), to;
+        case Dtype::kFloat16: return widen(reinterpret_cast<const f16*>(t.data) + at, n, to), to;
+        default: return widen(reinterpret_cast<const uint8_t*>(t.data) + at, n, to), to;
+      }
+    }
+  }
+  for (int64_t j = 0; j < n; j++) to[j] = element<C>(t, at + j * sj);
+  return to;
+}
+
+// Scale, softcap, bias, ALiBi, mask and band over n scores of one row, then m, l, alpha, and P in place of S; lanes are keys.
+template <class T>
+LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t row, int64_t j0, int64_t n, compute<T>& m) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>, N = kBlock / L;
+  const AttentionSpec& spec = x.a.spec;
+  const Extras& e = x.a.extras;
+  const int64_t h = x.kv_head * x.group + row / x.seq.Nq, i = row % x.seq.Nq;
+  const C scale = static_cast<C>(spec.scale), cap = static_cast<C>(spec.softcap);
+  const C c = static_cast<C>((x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634);
+  C* const s = w.s + r * kBlock;
+  V y[N];
+  LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = load(s + t * L);
+  auto each = [&](auto&& f) __attribute__((always_inline)) { LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = f(y[t], t * L); };
+  if (x.adjusts) {
+    each([&](V y, int) { return y * scale; });
+    if (cap != 0) each([&](V y, int) { return tanh(y * (1 / cap)) * cap; });
+    if (e.bias) {
+      const Tensor& t = e.bias;
+      row_of(t, x.seq.b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j0 * t.stride[3], n, w.tile);
+      each([&](V y, int t) { return y + load(w.tile + t); });
+    }
+    if (const Tensor& t = e.alibi_slopes) {
+      const C slope = element<C>(t, t.dim == 2 ? x.seq.b * t.stride[0] + h * t.stride[1] : h * t.stride[0]);
+      each([&](V y, int t) { return y - abs(iota<C>() + static_cast<C>(j0 + t - i - x.offset)) * slope; });
+    }
+    if (e.mask) {
+      const Tensor& t = e.mask;
+      row_of(t, x.seq.b * t.stride[0] + h * t.stride[1] + i * t.stride[2] + j0 * t.stride[3], n, w.tile);
+      each([&](V y, int t) { return load(w.tile + t) == 0 ? splat(-kInfOf<C>) : y; });
+    }
+  } else if (scale < 0) {
+    each([&](V y, int) { return -y; });
+  }
+  const int64_t low = max<int64_t>(0, i + x.offset - spec.left - j0), high = min(n, i + x.offset + spec.right + 1 - j0);
+  if (low > 0 || high < kBlock) {
+    const C a = static_cast<C>(min<int64_t>(low, kBlock)), b = static_cast<C>(max<int64_t>(high, 0));
+    each([&](V y, int t) {
+      V j = iota<C>() + static_cast<C>(t);
+      return (j >= a) & (j < b) ? y : splat(-kInfOf<C>);
+    });
+  }
+  V top = y[0];
+  LLMFAST_UNROLL for (int t = 1; t < N; t++) top = max(top, y[t]);
+  C m_new = m;
+  LLMFAST_UNROLL for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
+  const C base = m_new == -kInfOf<C> ? C(0) : m_new;  // no key yet: 0
+  const V alpha = exp2(splat(m) - base, c);
+  V l = load(w.l + row * L) * alpha;
+  each([&](V y, int) { return exp2(y - base, c); });
+  LLMFAST_UNROLL for (int t = 0; t < N; t++) l += y[t];
+  if constexpr (kPairs<T>) {  // bf16 in key order: the lower half of the row
+    LLMFAST_UNROLL for (int t = 0; t < N; t++) storeu(reinterpret_cast<bf16*>(s) + t * L, y[t]);
+  } else {
+    LLMFAST_UNROLL for (int t = 0; t < N; t++) store(s + t * L, y[t]);
+  }
+  store(w.l + row * L, l);
+  w.alpha[r] = alpha[0], m = m_new;
+}
+
+// Rows [row, row + R) over the keys of one block.
+template <int R, class T>
+void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
+  scores<R>(x, w, w.q + row * x.wideD / (kPairs<T> ? 2 : 1), n);
+  for (int r = 0; r < R; r++) softmax(x, w, r, row + r, j0, n, p.m[row + r]);
+  accumulate_row<R>(x, w, n, p.acc + row * x.wideDv);
+}
+
+// One split [first, end) of the keys, for all rows.
+template <class T>
+void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t first, int64_t end) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t rows = x.group * x.seq.Nq;
+  for (int64_t row = 0; row < rows; row++) p.m[row] = -kInfOf<C>, p.l[row] = 0;
+  if (first >= end) return;
+  memset(p.acc, 0, rows * x.wideDv * sizeof(C));
+  memset(w.l, 0, rows * L * sizeof(C));
+  memset(w.q, 0, rows * x.wideD / (kPairs<T> ? 2 : 1) * sizeof(unit<T>));
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t h = x.kv_head * x.group + row / x.seq.Nq, i = row % x.seq.Nq;
+    const Tensor& t = x.a.q;
+    const T* q = reinterpret_cast<const T*>(t.data) + x.seq.batch * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+    if constexpr (kPairs<T>) {
+      memcpy(reinterpret_cast<T*>(w.q) + row * x.wideD, q, x.D * sizeof(T));
+    } else {
+      widen(q, x.D, w.q + row * x.wideD);
+    }
+  }
+  for (int64_t j0 = first; j0 < end; j0 += kBlock) {
+    const int64_t n = min<int64_t>(kBlock, end - j0);
+    for (int64_t j = 0; j < n; j++) w.k[j] = x.k.at(j0 + j), w.v[j] = x.v.at(j0 + j);
+    int64_t row = 0;
+    if constexpr (L >= 8)
+      for (; rows - row >= 8; row += 8) block<8>(x, w, p, row, j0, n);
+    if constexpr (L >= 4)
+      for (; rows - row >= 4; row += 4) block<4>(x, w, p, row, j0, n);
+    for (; rows - row >= 2; row += 2) block<2>(x, w, p, row, j0, n);
+    if (row < rows) block<1>(x, w, p, row, j0, n);
+  }
+  for (int64_t row = 0; row < rows; row++) p.l[row] = sum(load(w.l + row * L));
+}
+
+// o and lse of one row from its splits, in key order.
+template <class T, class F>
+void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t splits, compute<T> to_natural, compute<T>* sum, F&& partial) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t Dv = a.v.size[3];
+  const Tensor& sinks = a.extras.sinks;
+  C top = -kInfOf<C>, l = 0;
+  for (int64_t t = 0; t < splits; t++) top = max(top, *partial(t).m);
+  C m = top * to_natural, shrink = 1;
+  const C sink = sinks ? element<C>(sinks, h * sinks.stride[0]) : -kInfOf<C>;
+  if (sink > m) shrink = exp(m - sink), m = sink;
+  memset(sum, 0, Dv * sizeof(C));
+  for (int64_t t = 0; t < splits; t++) {
+    const Partial<C> p = partial(t);
+    if (*p.l == 0) continue;
+    const C factor = exp((*p.m - top) * to_natural) * shrink;
+    l += *p.l * factor;
+    for (int64_t d = 0; d < Dv; d += L) store(sum + d, load(sum + d) + load(p.acc + d) * factor);
+  }
+  if (sink > -kInfOf<C>) l += exp(sink - m);
+  T* o = reinterpret_cast<T*>(a.o.data) + b * a.o.stride[0] + h * a.o.stride[1] + i * a.o.stride[2];
+  const C inverse = l == 0 ? C(0) : 1 / l;
+  for (int64_t d = 0; d < Dv; d += L) {
+    vec_of<C> y = load(sum + d) * inverse;
+    if (Dv - d < L) {
+      store_part(o + d, y, Dv - d);
+    } else {
+      storeu(o + d, y);
+    }
+  }
+  if (a.lse)
+    reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] = l == 0 ? -kInfOf<C> : m + log(l);
+}
+
+template <class T>
+void run(const AttentionForward& a) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t B = a.q.size[0], H = a.q.size[1], Nq = a.q.size[2], D = a.q.size[3], Dv = a.v.size[3], Hk = a.k.size[1];
+  const int64_t group = Hk ? H / Hk : 1, rows = group * Nq, wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
+  if (B * H * Nq == 0) return;
+  const double scale = __builtin_fabs(a.spec.scale);
+  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20 ||
+                       std::is_same_v<C, double>;
+  int64_t longest = 0;
+  for (int64_t b = 0; b < B; b++) longest = max(longest, sequence(a.q, a.k, a.extras, b).Nk);
+  const int64_t splits = max<int64_t>(1, (longest + kSplit - 1) / kSplit), tasks = B * Hk * splits;
+  const int64_t stride = rows * (wideDv + L) + (2 * rows + L - 1) / L * L;  // of one task's partial results
+  static thread_local Scratch results;
+  C* const all = static_cast<C*>(results.bytes(tasks * stride * sizeof(C)));
+  auto partial = [&](int64_t task, int64_t row) {
+    C* at = all + task * stride;
+    return Partial<C>{at + row * wideDv, at + rows * wideDv + row, at + rows * wideDv + rows + row};
+  };
+#pragma omp parallel if (tasks > 1 && B * Hk * rows * longest * (D + Dv) > 200000)  // 10 us of work pay for the threads
+  {
+    static thread_local Scratch scratch;
+    Workspace<T> w;
+    C* at = static_cast<C*>(scratch.bytes((rows * (wideD + L) + wideDv) * sizeof(C)));
+    w.l = at, at += rows * L;
+    w.q = reinterpret_cast<unit<T>*>(at), at += rows * wideD;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t t = 0; t < tasks; t++) {
+      const int64_t b = t / splits / Hk, head = t / splits % Hk;
+      const Sequence s = sequence(a.q, a.k, a.extras, b);
+      const Task<T> x{a, s, cpu::LLMFAST_ISA::rows<T>(a.k, a.extras, s, head), cpu::LLMFAST_ISA::rows<T>(a.v, a.extras, s, head), head, group, D, Dv, wideD, wideDv,
+                      s.Nk - Nq, adjusts};
+      const int64_t first = max(t % splits * kSplit, x.offset - a.spec.left);  // keys that some query sees
+      const int64_t end = min(min((t % splits + 1) * kSplit, s.Nk), Nq + x.offset + a.spec.right);
+      split(x, w, partial(t, 0), first, end);
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < B * H * Nq; t++) {
+      const int64_t b = t / Nq / H, h = t / Nq % H, i = t % Nq;
+      merge<T>(a, b, h, i, splits, adjusts ? C(1) : static_cast<C>(scale), at,
+               [&](int64_t n) { return partial((b * Hk + h / group) * splits + n, h % group * Nq + i); });
+    }
+  }
+}
+
+}  // namespace attention_dec
+
+void attention_decode(const AttentionForward& a) {
+  switch (a.q.dtype) {
+    case Dtype::kFloat32: return attention_dec::run<float>(a);
+    case Dtype::kBFloat16: return attention_dec::run<bf16>(a);
+    case Dtype::kFloat16: return attention_dec::run<f16>(a);
+    default: return attention_dec::run<double>(a);
+  }
+}
+
+}  // namespace llmfast::cpu::LLMFAST_ISA
