@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ..ops import like
 from . import Op
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +37,39 @@ def _only_named(t, *_):
 def _on(t):
     """Launches inside go to the tensor's GPU, whatever the current one is."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _attention_supports(q, k, v, spec, extras):
+    if (reason := _refuses(q)) is not None:
+        return reason
+    if max(q.shape[-1], v.shape[-1]) > 512:
+        return f"head dim {max(q.shape[-1], v.shape[-1])} is over 512"
+    if extras.seqlens_k is not None:
+        return "seqlens_k is not supported yet"
+    return None
+
+
+def _rows(t):
+    """t itself where its rows are contiguous, a copy otherwise."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _attention_forward(q, k, v, spec, extras, need_lse=True):
+    from ..kernels import attention as kernels
+
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = like(q, v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
+    if extras.packed:  # rows that no sequence covers
+        o.zero_()
+        if need_lse:
+            lse.fill_(float("-inf"))
+    with _on(q):
+        kernels.forward(q, k, v, o, lse, spec, extras)
+    return o, lse
+
+
+attention = Op(_attention_supports, _attention_forward, None, only_named=_only_named)
 
 
 def _softmax_supports(x, spec, extras):
