@@ -23,7 +23,7 @@ def target() -> str:
     return f"sm_{found.arch}" if found.backend == "cuda" else found.arch
 
 
-def tile(D, dtype):
+def tile(kernel, D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages."""
     return 64, 64, 4, 2
 
@@ -36,7 +36,7 @@ def block_d(D):
 def options(spec, extras, q, k):
     """The compile-time options that every attention kernel shares."""
     return dict(
-        SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
+        FLOAT32=q.dtype == torch.float32, SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
         PRECISION="tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
     )
 
@@ -64,7 +64,7 @@ def forward(q, k, v, o, lse, spec, extras):
     """Fills o, and lse unless it is None. Packed: rows that no sequence covers are left as they are."""
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv = q.shape[3], v.shape[3]
-    block_m, block_n, num_warps, num_stages = tile(max(D, Dv), q.dtype)
+    block_m, block_n, num_warps, num_stages = tile("fwd", max(D, Dv), q.dtype)
     tiles = triton.cdiv(Nq, block_m) + (B if extras.packed else 0)
     heads, chunks = H if extras.packed else B * H, max(1, triton.cdiv(Dv, 256))
     if Nq * heads * B == 0:
@@ -83,7 +83,7 @@ def attention_fwd(
     B, H, Nq, Nk, tiles, scale, left, right, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     RAW: tl.constexpr = not SOFTCAP and extras.bias is None and extras.alibi_slopes is None and D <= BLOCK_D
     CHUNKS: tl.constexpr = (Dv + BLOCK_DV - 1) // BLOCK_DV
@@ -114,13 +114,14 @@ def attention_fwd(
             n0 = t * BLOCK_N
             if EDGE == 1:  # the tiles left and right of the whole ones
                 n0 += tl.where(t < whole, 0, whole_end - whole) * BLOCK_N
-            s = dot_over_d(q_tile, q, sq[2], m0, nq, BLOCK_M, k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, EDGE, False, PRECISION)
+            k_tile = load_tile(k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, EDGE)  # (BLOCK_N, BLOCK_D)
+            s = dot_over_d(q_tile, q, sq[2], m0, nq, BLOCK_M, k_tile, k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, PRECISION)
             rows, cols = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
             s, _ = scores(s, rows[:, None], cols[None, :], extras, smask, sbias, sslope, b, seq, h, nq, nk,
                           scale, left, right, softcap, SOFTCAP, RAW, EDGE)  # (BLOCK_M, BLOCK_N)
             m_new = tl.maximum(m, tl.max(s, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
-            if q.dtype.element_ty == tl.float32:
+            if FLOAT32:
                 p = tl.exp2((s - m_safe[:, None]) * (unit * LOG2E))
             else:  # one multiply-add; rounding its product would cost float32 half its digits in large scores
                 p = tl.exp2(s * (unit * LOG2E) - (m_safe * (unit * LOG2E))[:, None])
@@ -198,15 +199,17 @@ def store_tile(t, stride, n0, N, BLOCK: tl.constexpr, D, BLOCK_D: tl.constexpr, 
 
 @triton.jit
 def dot_over_d(
-    a_tile, a, sa, m0, M, BLOCK_M: tl.constexpr, b, sb, n0, N, BLOCK_N: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE_B: tl.constexpr, EDGE_A: tl.constexpr, PRECISION: tl.constexpr,
+    a_tile, a, sa, m0, M, BLOCK_M: tl.constexpr, b_tile, b, sb, n0, N, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """a b^T: (BLOCK_M, BLOCK_N) float32. a_tile holds a's first BLOCK_D columns; the others, beyond 256, are read here."""
-    b_tile = load_tile(b, sb, n0, N, BLOCK_N, D, BLOCK_D, EDGE_B)
-    s = tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
-    for d0 in tl.static_range(BLOCK_D, D, BLOCK_D):
-        a_more = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
-        s = tl.dot(a_more, tl.trans(load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)), s, input_precision=PRECISION)
+    """a b^T: (BLOCK_M, BLOCK_N) float32, from the tiles, or where D is beyond 256 from memory in pieces of BLOCK_D."""
+    if D <= BLOCK_D:
+        return tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d0 in tl.static_range(0, D, BLOCK_D):
+        a_part = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
+        b_part = load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)
+        s = tl.dot(a_part, tl.trans(b_part), s, input_precision=PRECISION)
     return s
 
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from ..ops import like
+from ..spec import Grads
 from . import Op
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,7 +70,27 @@ def _attention_forward(q, k, v, spec, extras, need_lse=True):
     return o, lse
 
 
-attention = Op(_attention_supports, _attention_forward, None, only_named=_only_named)
+def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
+    from ..kernels import attention_backward as kernels
+
+    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
+    new = torch.zeros_like if extras.packed else torch.empty_like
+    grads = Grads(new(q), new(k), new(v), *(None if t is None else torch.zeros_like(t) for t in (extras.bias, extras.sinks)))
+    with _on(q):
+        kernels.backward(do, q, k, v, lse.contiguous(), delta.contiguous(), *grads, spec, extras)
+    return grads
+
+
+def _rowdot(o, do):
+    from ..kernels import attention_backward as kernels
+
+    delta = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
+    with _on(o):
+        kernels.rowdot(_rows(o), _rows(do), delta)
+    return delta
+
+
+attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, only_named=_only_named)
 
 
 def _softmax_supports(x, spec, extras):
