@@ -222,7 +222,7 @@ def attention_bwd_dsinks(sinks, lse, delta, dsinks, B, H, Nq, BLOCK: tl.constexp
     """dsinks[h] = -sum over rows of exp(sink - lse) * delta, one head a program."""
     h = tl.program_id(0).to(tl.int64)
     sink = tl.load(sinks + h).to(tl.float32)
-    acc = tl.zeros([BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK], tl.float64)
     for b in range(B):
         for i0 in range(0, Nq, BLOCK):
             i = i0 + tl.arange(0, BLOCK)
