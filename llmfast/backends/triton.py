@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import torch
 
+from ..ops import like
+from ..spec import Grads
 from . import Op
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,6 +38,59 @@ def _only_named(t, *_):
 def _on(t):
     """Launches inside go to the tensor's GPU, whatever the current one is."""
     return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+
+
+def _attention_supports(q, k, v, spec, extras):
+    if (reason := _refuses(q)) is not None:
+        return reason
+    if max(q.shape[-1], v.shape[-1]) > 512:
+        return f"head dim {max(q.shape[-1], v.shape[-1])} is over 512"
+    if extras.seqlens_k is not None:
+        return "seqlens_k is not supported yet"
+    return None
+
+
+def _rows(t):
+    """t itself where its rows are contiguous, a copy otherwise."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _attention_forward(q, k, v, spec, extras, need_lse=True):
+    from ..kernels import attention as kernels
+
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = like(q, v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
+    if extras.packed:  # rows that no sequence covers
+        o.zero_()
+        if need_lse:
+            lse.fill_(float("-inf"))
+    with _on(q):
+        kernels.forward(q, k, v, o, lse, spec, extras)
+    return o, lse
+
+
+def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
+    from ..kernels import attention_backward as kernels
+
+    do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
+    new = torch.zeros_like if extras.packed else torch.empty_like
+    grads = Grads(new(q), new(k), new(v), *(None if t is None else torch.zeros_like(t) for t in (extras.bias, extras.sinks)))
+    with _on(q):
+        kernels.backward(do, q, k, v, lse.contiguous(), delta.contiguous(), *grads, spec, extras)
+    return grads
+
+
+def _rowdot(o, do):
+    from ..kernels import attention_backward as kernels
+
+    delta = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
+    with _on(o):
+        kernels.rowdot(_rows(o), _rows(do), delta)
+    return delta
+
+
+attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, only_named=_only_named)
 
 
 def _softmax_supports(x, spec, extras):

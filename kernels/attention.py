@@ -1,0 +1,254 @@
+"""Attention forward with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao, FlashAttention-2, arXiv 2307.08691).
+
+q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv), o (B, H, Nq, Dv), lse (B, H, Nq) float32, natural log; packed sequences are
+(1, H, T, D). One program computes BLOCK_M rows of o for one (batch, head), for at most 256 columns of Dv, streaming k and v in
+blocks of BLOCK_N. Key tiles outside the band are never visited and only the tiles on its edges and at the end of k are masked.
+exp is exp2, one instruction, with LOG2E folded into its argument.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def target() -> str:
+    """The GPU that a launch would compile for: sm_90, gfx942, or interpreter."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    found = triton.runtime.driver.active.get_current_target()
+    return f"sm_{found.arch}" if found.backend == "cuda" else found.arch
+
+
+def tile(kernel, D, dtype):
+    """BLOCK_M, BLOCK_N, num_warps, num_stages."""
+    return 64, 64, 4, 2
+
+
+def block_d(D):
+    """The head dimension as a tile: a power of two that tl.dot takes, at most 256 at a time."""
+    return min(max(16, triton.next_power_of_2(D)), 256)
+
+
+def options(spec, extras, q, k):
+    """The compile-time options that every attention kernel shares."""
+    return dict(
+        FLOAT32=q.dtype == torch.float32, SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
+        PRECISION="tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+    )
+
+
+def numbers(spec):
+    """scale, left, right, softcap, and the dropout threshold and factor; the threshold is moved so that it fits an int32."""
+    p = spec.dropout_p
+    return spec.scale, spec.left, spec.right, spec.softcap, min(int(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p) if p < 1 else 0.0
+
+
+def strides(extras, shape):
+    """Strides of mask and bias broadcast to (B, H, Nq, Nk), 0 where broadcast, and of the slopes (B, H)."""
+    wide = lambda t: None if t is None else t.expand(shape).stride()
+    slopes = extras.alibi_slopes
+    return wide(extras.mask), wide(extras.bias), None if slopes is None else slopes.stride()[0] if slopes.dim() == 2 else 0
+
+
+def sizes(q, k, extras):
+    """Number of sequences, H, Nq, Nk."""
+    B, H, Nq, _ = q.shape
+    return extras.cu_seqlens_q.shape[0] - 1 if extras.packed else B, H, Nq, k.shape[2]
+
+
+def forward(q, k, v, o, lse, spec, extras):
+    """Fills o, and lse unless it is None. Packed: rows that no sequence covers are left as they are."""
+    B, H, Nq, Nk = sizes(q, k, extras)
+    D, Dv = q.shape[3], v.shape[3]
+    block_m, block_n, num_warps, num_stages = tile("fwd", max(D, Dv), q.dtype)
+    tiles = triton.cdiv(Nq, block_m) + (B if extras.packed else 0)
+    heads, chunks = H if extras.packed else B * H, max(1, triton.cdiv(Dv, 256))
+    if Nq * heads * B == 0:
+        return
+    attention_fwd[(tiles * heads * chunks,)](
+        q, k, v, o, lse, extras, q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
+        *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk, tiles, *numbers(spec),
+        D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), BLOCK_M=block_m, BLOCK_N=block_n,
+        **options(spec, extras, q, k), num_warps=num_warps, num_stages=num_stages,
+    )
+
+
+@triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "tiles", "left", "right", "threshold"])
+def attention_fwd(
+    q, k, v, o, lse, extras, sq, sk, sv, so, smask, sbias, sslope,
+    B, H, Nq, Nk, tiles, scale, left, right, softcap, threshold, keep_scale,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+):
+    RAW: tl.constexpr = not SOFTCAP and extras.bias is None and extras.alibi_slopes is None and D <= BLOCK_D
+    CHUNKS: tl.constexpr = (Dv + BLOCK_DV - 1) // BLOCK_DV
+    chunk, pid = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
+    b, h, seq, tile, q0, k0, nq, nk = locate(extras, extras.cu_seqlens_q, Nq, BLOCK_M, pid, tiles, B, H, Nq, Nk)
+    tile = tl.cdiv(nq, BLOCK_M) - 1 - tile  # under causal the longest rows start first
+    m0 = tile * BLOCK_M
+    if m0 < 0:
+        return
+    q += b * sq[0] + h * sq[1] + q0 * sq[2]
+    k += b * sk[0] + h // GROUP * sk[1] + k0 * sk[2]
+    v += b * sv[0] + h // GROUP * sv[1] + k0 * sv[2] + chunk * BLOCK_DV
+    q_tile = load_tile(q, sq[2], m0, nq, BLOCK_M, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
+    unit = 1.0
+    if RAW:  # |scale| goes into exp2's multiply-add and its sign into q, so that the maximum is taken before scaling
+        q_tile = (q_tile.to(tl.float32) * tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))).to(q_tile.dtype)
+        unit = tl.where(scale == 0, 1.0, tl.abs(scale))
+
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running row maximum; m * unit is in natural units
+    l = tl.zeros([BLOCK_M], tl.float32)  # running row sum
+    if extras.sinks is not None:  # like a key that has this score and no value
+        sink = tl.load(extras.sinks + h).to(tl.float32) / unit
+        m, l = tl.zeros([BLOCK_M], tl.float32) + sink, l + tl.where(sink == float("-inf"), 0.0, 1.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    first, whole, whole_end, last = band_tiles(m0, tl.minimum(m0 + BLOCK_M, nq) - 1, nk - nq, left, right, nk, BLOCK_N)
+    for EDGE in tl.static_range(2):
+        for t in range(whole if EDGE == 0 else first, whole_end if EDGE == 0 else last - (whole_end - whole)):
+            n0 = t * BLOCK_N
+            if EDGE == 1:  # the tiles left and right of the whole ones
+                n0 += tl.where(t < whole, 0, whole_end - whole) * BLOCK_N
+            k_tile = load_tile(k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, EDGE)  # (BLOCK_N, BLOCK_D)
+            s = dot_over_d(q_tile, q, sq[2], m0, nq, BLOCK_M, k_tile, k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, PRECISION)
+            rows, cols = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+            s, _ = scores(s, rows[:, None], cols[None, :], extras, smask, sbias, sslope, b, seq, h, nq, nk,
+                          scale, left, right, softcap, SOFTCAP, RAW, EDGE)  # (BLOCK_M, BLOCK_N)
+            m_new = tl.maximum(m, tl.max(s, 1))
+            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key
+            if FLOAT32:
+                p = tl.exp2((s - m_safe[:, None]) * (unit * LOG2E))
+            else:  # one multiply-add; rounding its product would cost float32 half its digits in large scores
+                p = tl.exp2(s * (unit * LOG2E) - (m_safe * (unit * LOG2E))[:, None])
+            alpha = tl.exp2((m - m_safe) * (unit * LOG2E))
+            l = l * alpha + tl.sum(p, 1)
+            if DROPOUT:
+                p = tl.where(keep(extras, threshold, seq, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
+            v_tile = load_tile(v, sv[2], n0, nk, BLOCK_N, Dv - chunk * BLOCK_DV, BLOCK_DV, EDGE)  # (BLOCK_N, BLOCK_DV)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
+            m = m_new
+    acc *= (keep_scale / tl.where(l == 0, 1.0, l))[:, None]
+    o += b * so[0] + h * so[1] + q0 * so[2] + chunk * BLOCK_DV
+    store_tile(o, so[2], m0, nq, BLOCK_M, Dv - chunk * BLOCK_DV, BLOCK_DV, acc)
+    if lse is not None:
+        rows = m0 + tl.arange(0, BLOCK_M)
+        m = tl.where(l == 0, float("-inf"), m * unit + tl.log(tl.where(l == 0, 1.0, l)))
+        tl.store(lse + (b * H + h) * Nq + q0 + rows, m, mask=rows < tl.where(chunk == 0, nq, 0))
+
+
+@triton.jit
+def locate(extras, cu_seqlens, total, BLOCK: tl.constexpr, pid, tiles, B, H, Nq, Nk):
+    """What program pid works on: batch, head, sequence, its tile in it; where the sequence starts in q and k, and its lengths.
+
+    In a packed batch sequence s owns the tiles from cu_seqlens[s] // BLOCK + s on, which leaves each enough of them.
+    """
+    tile, head = pid % tiles, pid // tiles
+    if extras.cu_seqlens_q is None:
+        return (head // H).to(tl.int64), (head % H).to(tl.int64), head // H, tile, 0, 0, Nq, Nk
+    s, end = 0, B
+    while end - s > 1:
+        middle = (s + end) // 2
+        before = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), total) // BLOCK + middle <= tile
+        s, end = tl.where(before, middle, s), tl.where(before, end, middle)
+    q0, q1 = bounds(extras.cu_seqlens_q + s, Nq)
+    k0, k1 = bounds(extras.cu_seqlens_k + s, Nk)
+    tile -= tl.minimum(tl.maximum(tl.load(cu_seqlens + s), 0), total) // BLOCK + s
+    return head.to(tl.int64) * 0, head.to(tl.int64), s, tile, q0.to(tl.int64), k0.to(tl.int64), q1 - q0, k1 - k0
+
+
+@triton.jit
+def bounds(cu_seqlens, total):
+    """Start and end of a sequence, within the tensor whatever cu_seqlens holds."""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens), 0), total)
+    return start, tl.minimum(tl.maximum(tl.load(cu_seqlens + 1), start), total)
+
+
+@triton.jit
+def band_tiles(x0, x1, offset, left, right, N, BLOCK: tl.constexpr):
+    """Tiles of y that rows x0..x1 see when -left <= y - x - offset <= right: first, whole, whole_end, last; the whole ones
+    lie inside the band for every row and need no mask."""
+    first = tl.maximum(x0 + offset - left, 0) // BLOCK
+    last = tl.maximum(tl.cdiv(tl.minimum(tl.maximum(x1 + offset + right + 1, 0), N), BLOCK), first)
+    whole = tl.cdiv(tl.maximum(x1 + offset - left, 0), BLOCK)
+    whole = tl.minimum(tl.maximum(whole, first), last)
+    whole_end = tl.minimum(tl.maximum(x0 + offset + right + 1, 0), N) // BLOCK
+    return first, whole, tl.minimum(tl.maximum(whole_end, whole), last), last
+
+
+@triton.jit
+def load_tile(t, stride, n0, N, BLOCK: tl.constexpr, D, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """(BLOCK, BLOCK_D) from row n0 on, zero outside (N, D)."""
+    n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    at = t + tl.cast(n0, tl.int64) * stride + (n.to(tl.int64) * stride + d)
+    if EDGE:
+        return tl.load(at, mask=(n < N - n0) & (d < D), other=0.0)
+    return tl.load(at, mask=d < D, other=0.0)
+
+
+@triton.jit
+def store_tile(t, stride, n0, N, BLOCK: tl.constexpr, D, BLOCK_D: tl.constexpr, value):
+    n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+    at = t + tl.cast(n0, tl.int64) * stride + (n.to(tl.int64) * stride + d)
+    tl.store(at, value.to(t.dtype.element_ty), mask=(n < N - n0) & (d < D))
+
+
+@triton.jit
+def dot_over_d(
+    a_tile, a, sa, m0, M, BLOCK_M: tl.constexpr, b_tile, b, sb, n0, N, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """a b^T: (BLOCK_M, BLOCK_N) float32, from the tiles, or where D is beyond 256 from memory in pieces of BLOCK_D."""
+    if D <= BLOCK_D:
+        return tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
+    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for d0 in tl.static_range(0, D, BLOCK_D):
+        a_part = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
+        b_part = load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)
+        s = tl.dot(a_part, tl.trans(b_part), s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def scores(
+    s, i, j, extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap,
+    SOFTCAP: tl.constexpr, RAW: tl.constexpr, EDGE: tl.constexpr,
+):
+    """q k^T to scores, and the derivative of softcap; i and j are query and key indices shaped to broadcast to s.
+
+    RAW leaves them unscaled. Where not EDGE the whole tile is inside the band and k.
+    """
+    dcap = 1.0
+    if SOFTCAP:
+        t = 1 - 2 / (tl.exp2(s * (scale / softcap * (2 * LOG2E))) + 1)  # tanh
+        s, dcap = t * softcap, 1 - t * t
+    elif not RAW:
+        s = s * scale
+    inside = (i < nq) & (j < nk)
+    if extras.bias is not None:
+        at = extras.bias + b * sbias[0] + h * sbias[1] + (i.to(tl.int64) * sbias[2] + j.to(tl.int64) * sbias[3])
+        s += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    if extras.alibi_slopes is not None:
+        slope = tl.load(extras.alibi_slopes + seq * sslope + h)
+        s -= slope * tl.abs(i + (nk - nq) - j).to(tl.float32)
+    if EDGE:
+        distance = j - i - (nk - nq)
+        s = tl.where((j < nk) & (distance >= -left) & (distance <= right), s, float("-inf"))
+    if extras.mask is not None:
+        at = extras.mask + b * smask[0] + h * smask[1] + (i.to(tl.int64) * smask[2] + j.to(tl.int64) * smask[3])
+        s = tl.where(tl.load(at, mask=inside, other=0).to(tl.int1), s, float("-inf"))
+    return s, dcap
+
+
+@triton.jit
+def keep(extras, threshold, seq, h, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which of (BLOCK_M, BLOCK_N) survive dropout: Philox word column % 4 of counter (column // 4, row, head, sequence)."""
+    zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
+    column, row = n0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + zero, m0 + tl.arange(0, BLOCK_M)[:, None] + zero
+    w0, w1, w2, w3 = tl.philox(tl.load(extras.seed), column, row, h.to(tl.int32) + zero, tl.cast(seq, tl.int32) + zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_M, BLOCK_N])
+    return (words ^ 0x80000000).to(tl.int32, bitcast=True) >= threshold

@@ -1,0 +1,173 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and reads registers, spills, shared memory and instructions.
+
+The launchers of kernels/ run as they are, on CPU tensors, with a Triton driver that compiles for a chosen GPU and launches nothing:
+so what is inspected is what a user's call would compile, specialisation and tile table included. Needs a process of its own
+without TRITON_INTERPRET, since Triton decides between compiling and interpreting once, at import.
+
+>>> python -m llmfast.inspect_kernels --arch sm_90 --kernel dkdv
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block may have
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}  # the tensor-core instruction
+SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Compiled(NamedTuple):
+    """One kernel for one GPU. spills is the bytes of registers kept in local memory (its loads and stores are LDL and STL)."""
+
+    kernel: str
+    problem: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    instructions: Counter
+
+    def faults(self) -> list[str]:
+        """Why a launch would fail or waste the tensor cores."""
+        found = []
+        if self.shared > SHARED[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED[self.arch]}")
+        if self.kernel in TENSOR_CORE and "fp32" not in self.problem and not self.instructions[MMA[self.arch]]:
+            found.append(f"no {MMA[self.arch]}")
+        return found
+
+    def __str__(self) -> str:
+        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
+        return (
+            f"{self.kernel:20s} {self.problem:22s} {self.arch:6s} {self.warps:2d} warps {self.registers:3d} registers "
+            f"{self.spills:4d} B spilled {self.shared:6d} B shared  {mix}  {'; '.join(self.faults())}".rstrip()
+        )
+
+
+TENSOR_CORE = ("attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq")
+
+
+def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
+    """(name, run): each run calls the launchers of forward and backward for one problem."""
+    from .kernels import attention, attention_backward, softmax
+    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxSpec
+
+    def attend(D, dtype, option):
+        q, k, o = (torch.empty(1, h, 256, D, dtype=dtype) for h in (4, 2, 4))
+        lse = torch.empty(1, 4, 256)
+        spec, extras = AttentionSpec(scale=0.1, right=0), NO_EXTRAS
+        if option == "everything":
+            spec = spec._replace(softcap=5.0, dropout_p=0.1)
+            bias = torch.empty(1, 4, 256, 256, dtype=dtype)
+            extras = Extras(torch.empty(1, 1, 256, 256, dtype=torch.bool), bias, torch.empty(4), torch.empty(4), torch.tensor(0))
+        if option == "packed":
+            cu_seqlens = torch.empty(3, dtype=torch.int32)
+            extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        attention.forward(q, k, k, o, lse, spec, extras)
+        attention_backward.rowdot(o, o, lse)
+        attention_backward.backward(o, q, k, k, lse, lse, q, k, k, extras.bias, extras.sinks, spec, extras)
+
+    def soften(N, dtype):
+        x = torch.empty(1, 1, 64, N, dtype=dtype)
+        y = softmax.forward(x, None, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
+        softmax.backward(y, y, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
+
+    for dtype in dtypes:
+        for option in options:
+            for D in dims:
+                yield f"{dtype} D={D} {option}", lambda D=D, t=DTYPES[dtype], o=option: attend(D, t, o)
+        for N in (128, 4096, 32768, 100000):
+            yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
+
+
+def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
+    """Every kernel that the launchers of `problems(**choice)` would start on these GPUs."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("inspect needs a process without TRITON_INTERPRET: the interpreter compiles nothing")
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    for arch in archs:
+        target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+        driver = CompileOnly(target)
+        triton.runtime.driver.set_active(driver)
+        for name, run in problems(**choice):
+            driver.launched.clear()
+            run()
+            for compiled in driver.launched:
+                if kernel in compiled.name:
+                    yield _read(compiled, name, arch)
+
+
+class CompileOnly:
+    """A Triton driver for a GPU that isn't there: it collects what would be launched."""
+
+    def __init__(self, target):
+        self.target, self.launched = target, []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 2**30, "multiprocessor_count": 132},
+            load_binary=lambda *_: (0, 0, 0, 0, 1024),
+            unload_module=lambda *_: None,
+        )
+        self.launcher_cls = lambda source, metadata: lambda *_, **__: None
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0, len(self.launched), self.target  # Triton keeps what it compiled by device: a new one each time
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def _read(compiled, problem, arch):
+    """Registers, spills and instructions from the machine code."""
+    if arch.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))
+        usage, names = (number("vgpr_count"), 4 * number("vgpr_spill_count")), re.findall(r"^\s+([vs]_[a-z0-9]+)", text, re.M)
+    else:
+        folder = os.path.join(os.path.dirname(sys.modules["triton"].__file__), "backends", "nvidia", "bin")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            dump = lambda flag: subprocess.run([os.path.join(folder, "cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
+            usage = tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups()))
+            names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
+    m = compiled.metadata
+    return Compiled(compiled.name, problem, arch, *usage, m.shared, m.num_warps, Counter(names))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="llmfast inspect", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHS, help="sm_80 ... or gfx942")
+    parser.add_argument("--kernel", default="", help="part of a kernel's name")
+    parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
+    parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
+    parser.add_argument("--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed"))
+    chosen = parser.parse_args(arguments)
+    faults = 0
+    for compiled in inspect(chosen.arch, chosen.kernel, dims=chosen.dim, dtypes=chosen.dtype, options=chosen.option):
+        print(compiled, flush=True)
+        faults += len(compiled.faults())
+    sys.exit(faults > 0)
+
+
+if __name__ == "__main__":
+    main()
