@@ -288,7 +288,7 @@ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half) {
     bool is_half;
   } mine{c, a, {b0, b1}, is_half};
   meet(&mine, "mma", [](const void* const* lanes) {
-    float A[16][16], B[16][8], C[16][8];
+    double A[16][16], B[16][8], C[16][8];  // the products of one mma are exact and are added before one rounding
     for (int l = 0; l < 32; l++) {
       const Mine& m = *static_cast<const Mine*>(lanes[l]);
       const auto wide = m.is_half ? half_to_float : bf16_to_float;
