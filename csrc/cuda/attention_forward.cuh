@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
   int slot = 0;
   // Waits for the next tile and starts the one that takes the slot of the tile before it; returns the tile's address.
   const auto next = [&](int tile) {
-    cp_async_wait<FAULT == 1 ? kRing - 1 : kRing - 2>();
+    FAULT == 1 ? cp_async_wait<kRing - 1>() : cp_async_wait<kRing - 2>();
     if (FAULT != 2) block_barrier();
     const uint32_t address = ring + slot * Tile::kKeyBytes;
     load(tile + kRing - 1, FAULT == 3 ? slot : slot == 0 ? kRing - 1 : slot - 1);
