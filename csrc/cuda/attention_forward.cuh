@@ -102,7 +102,7 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
   return x;
 }
 
-// Scores of one warp tile in base-2 units, for every option at once: scale of any sign, softcap, bias, ALiBi, mask.
+// Scores of one warp tile, for every option at once: scale of any sign, softcap, bias, ALiBi, mask.
 // i: row, j: column of s[0]; they step by 8.
 template <int kMma, int kN>
 __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0, int j0) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
           if (slopes.data) y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
           if (p.extras.mask.data && !*at<bool>(p.extras.mask, x.b, x.h, i, j)) y = -kInf;
         }
-        s[m][n][e] = y * kLog2e;
+        s[m][n][e] = y;
       }
 }
 
@@ -171,12 +171,13 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
   uint32_t probabilities[kMma][BLOCK_N / 16][4];
 #pragma unroll
   for (int i = 0; i < kMma; i++) m[i][0] = m[i][1] = -kInf;
-  const float c = kGeneral ? 1.f : static_cast<float>(p.spec.scale) * kLog2e;  // scores to base-2 units; positive
+  const float scale = kGeneral ? 1.f : static_cast<float>(p.spec.scale);  // what s still lacks; positive
+  const float c = scale * kLog2e;                                          // s to base-2 units
 
   int slot = 0;
   // Waits for the next tile and starts the one that takes the slot of the tile before it; returns the tile's address.
   const auto next = [&](int tile) {
-    cp_async_wait<FAULT == 1 ? kRing - 1 : kRing - 2>();
+    FAULT == 1 ? cp_async_wait<kRing - 1>() : cp_async_wait<kRing - 2>();
     if (FAULT != 2) block_barrier();
     const uint32_t address = ring + slot * Tile::kKeyBytes;
     load(tile + kRing - 1, FAULT == 3 ? slot : slot == 0 ? kRing - 1 : slot - 1);
@@ -265,7 +266,8 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
   }
 
   // A sink is one more key without a value. o leaves through the warp's own rows of q's tile, as whole 16-byte chunks.
-  const float sink = p.extras.sinks.data ? *at<float>(p.extras.sinks, x.h) * kLog2e : -kInf;
+  // lse = scale m + log(sum), less what the rounding of m c put into every term of the sum.
+  const float sink = p.extras.sinks.data ? *at<float>(p.extras.sinks, x.h) : -kInf;
 #pragma unroll
   for (int i = 0; i < kMma; i++)
 #pragma unroll
@@ -273,13 +275,15 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
       float sum = l[i][r];
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
-      const float seen = m[i][r] * c, top = fmaxf(seen, sink), base = top == -kInf ? 0.f : top;
+      const float seen = m[i][r] * c, absent = sink * kLog2e, top = fmaxf(seen, absent), base = top == -kInf ? 0.f : top;
       const float alpha = exp2_approx(seen - base);
-      sum = sum * alpha + exp2_approx(sink - base);
+      sum = sum * alpha + exp2_approx(absent - base);
       const float inverse = sum == 0.f ? 0.f : alpha / sum;
+      const float excess = seen < absent ? fmaf(sink, kLog2e, -base) : fmaf(m[i][r], c, -base);
+      const float lse = fmaf(seen < absent ? sink : m[i][r], seen < absent ? 1.f : scale, logf(sum) - excess * kLn2);
       const int row = warp_row + i * 16 + r * 8 + lane / 4;
       if (p.lse.data && lane % 4 == 0 && x.m0 + row < x.Nq)
-        *at<float>(p.lse, batch, x.h, x.q0 + x.m0 + row) = sum == 0.f ? -kInf : fmaf(base, kLn2, fmaf(base, kLn2Low, logf(sum)));
+        *at<float>(p.lse, batch, x.h, x.q0 + x.m0 + row) = sum == 0.f ? -kInf : lse;
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; d++)
         *reinterpret_cast<uint32_t*>(shared_memory() + Tile::offset(row, d) + lane % 4 * 4) =

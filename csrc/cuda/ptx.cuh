@@ -5,13 +5,11 @@
 #pragma once
 #include <cstdint>
 
-#ifndef FAULT  // the number of a planted fault, in tests/cuda_model only; see FAULTS in tests/test_cuda_model.py
-#define FAULT 0
-#endif
-
 #ifndef __CUDACC__
 #include "device.h"
 #else
+#define FAULT 0  // the host model plants the faults listed in tests/test_cuda_model.py; here there are none
+
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -40,12 +40,12 @@ __device__ __forceinline__ float exponential(float s, float m) { return exp2_app
 template <int kThreads, class Op>
 __device__ __forceinline__ float reduce(float x, int slot, Op op) {
 #pragma unroll
-  for (int lanes = FAULT == 1 ? 8 : 16; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
+  for (int lanes = FAULT == 11 ? 8 : 16; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
   if constexpr (kThreads > 32) {
     float* partial = reinterpret_cast<float*>(shared_memory()) + 32 * slot;
     const int lane = thread_index() % 32;
     if (lane == 0) partial[thread_index() / 32] = x;
-    if (FAULT != 2) block_barrier();
+    if (FAULT != 12) block_barrier();
     x = partial[lane % (kThreads / 32)];
 #pragma unroll
     for (int lanes = kThreads / 64; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
@@ -59,7 +59,7 @@ __device__ __forceinline__ float row_max(float x) {
 }
 template <int kThreads>
 __device__ __forceinline__ float row_sum(float x) {
-  return reduce<kThreads>(x, FAULT == 3 ? 0 : 1, [](float a, float b) { return a + b; });
+  return reduce<kThreads>(x, FAULT == 13 ? 0 : 1, [](float a, float b) { return a + b; });
 }
 
 // The columns of item c of thread t: kVector neighbours where rows are 16-byte aligned, single ones otherwise.
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
     const int64_t j = C::first(c, t);
 #pragma unroll
     for (int e = 0; e < C::kWidth; e++) s[c][e] = a.log ? s[c][e] - lse : s[c][e] * inverse;
-    if (FAULT == 4 ? j <= N : j < N) C::store(y + j, s[c]);
+    if (FAULT == 14 ? j <= N : j < N) C::store(y + j, s[c]);
   }
 }
 
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant_
     for (int e = 0; e < C::kWidth; e++) m_new = fmaxf(m_new, s[e]);
 #pragma unroll
     for (int e = 0; e < C::kWidth; e++) sum += exponential(s[e], m_new);
-    l = (FAULT == 5 ? l : l * exponential(m, m_new)) + sum;
+    l = (FAULT == 15 ? l : l * exponential(m, m_new)) + sum;
     m = m_new;
   }
   const float m_row = row_max<1024>(m);

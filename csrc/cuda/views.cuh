@@ -7,7 +7,6 @@ namespace llmfast::cuda {
 
 constexpr float kInf = INFINITY;
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kLn2Low = -1.9046543e-9f;  // log(2) - kLn2
 
 // The same tensor with 4 dimensions, the missing ones in front and broadcast.
 inline Tensor four_dimensional(const Tensor& t) {

@@ -3,7 +3,9 @@
 Nothing here is installed, and dispatch never chooses it: a test puts `attention` and `softmax` in place of the cuda backend's.
 """
 
+import ctypes
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -25,29 +27,45 @@ SANITIZERS = {
 }
 
 
-def build(name, sources, sanitizer="", flags=(), shared=False):
-    """Compiles what changed, two files at once, and links BUILD/name; returns its path. The model itself is unseen by tsan."""
-    folder = BUILD / f"{name}.objects"
+def build(name, main, sanitizer=""):
+    """Compiles what changed, two files at once, and links BUILD/name from main and the kernels; returns its path."""
+    import pybind11
+
+    folder = BUILD / (sanitizer or "plain")
     folder.mkdir(parents=True, exist_ok=True)
-    include = [f"-I{p}" for p in (ROOT / "csrc", HERE)]
-    common = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas"]
-    common += ["-fvisibility=hidden", *include, *flags]
+    include = [ROOT / "csrc", HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    common = ["-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
+    common += ["-Wno-unknown-pragmas", *(f"-I{path}" for path in include)]
+    checks = " ".join(SANITIZERS[sanitizer])
     text = ["rule compile", "  command = g++ $flags -MMD -MF $out.d -c -x c++ $in -o $out", "  depfile = $out.d", "  deps = gcc"]
-    text += ["rule link", f"  command = g++ {' '.join(SANITIZERS[sanitizer])} {'-shared' if shared else ''} $in -o $out"]
+    text += ["rule link", f"  command = g++ {checks} {'-shared' if name.endswith('.so') else ''} $in -o $out"]
     objects = []
-    for source in [*sources, MODEL]:
-        unseen = source == MODEL and sanitizer == "tsan"
-        own = ["-DMODEL_TSAN", "-O2"] if unseen else ["-O2"] if source == MODEL else []
-        objects.append(folder / f"{source.name}.o")
+    for source in [main, *KERNELS, MODEL]:
+        unseen = source == MODEL and sanitizer == "tsan"  # what passes between the lanes of a warp orders no memory
+        objects.append(f"{source.name}.o")
         text += [f"build {objects[-1]}: compile {source}"]
-        text += [f"  flags = {' '.join([*common, *own, *([] if unseen else SANITIZERS[sanitizer])])}"]
+        text += [f"  flags = {' '.join(common)} {'-O2' if source == MODEL else '-O1'} {'-DMODEL_TSAN' if unseen else checks}"]
     target = BUILD / name
-    text += [f"build {target}: link {' '.join(map(str, objects))}", ""]
-    (folder / "build.ninja").write_text("\n".join(text))
-    done = subprocess.run([ninja(), "-C", str(folder), "-j2", "--quiet"], capture_output=True, text=True)
+    text += [f"build {target}: link {' '.join(objects)}", ""]
+    (folder / f"{name}.ninja").write_text("\n".join(text))
+    done = subprocess.run([ninja(), "-C", folder, "-f", f"{name}.ninja", "-j2", "--quiet"], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return target
+
+
+@cache
+def fuzz(sanitizer=""):
+    """The program fuzz.cpp; run(what, first, count, seed, fault, small) returns its exit status and output."""
+    path = build(f"fuzz_{sanitizer or 'plain'}", HERE / "fuzz.cpp", sanitizer)
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+
+    def run(what, first, count, seed=0, fault=0, small=0):
+        command = [str(x) for x in (path, what, first, count, seed, fault, small)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
 
 
 def ninja():
@@ -61,14 +79,16 @@ def ninja():
 @cache
 def library():
     """The Python module of csrc/bindings_cuda.cpp over the host model."""
-    import pybind11
-
-    include = [f"-I{p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"])]
-    path = build("_cuda.so", [ROOT / "csrc/bindings_cuda.cpp", *KERNELS], flags=include, shared=True)
+    path = build("_cuda.so", ROOT / "csrc/bindings_cuda.cpp")
     spec = importlib.util.spec_from_file_location("cuda_model._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def schedule(seed):
+    """The order in which the model runs warps and lanes from now on; see device.cpp."""
+    ctypes.CDLL(library().__file__).llmfast_model(seed, 0)
 
 
 def _refuses(t):

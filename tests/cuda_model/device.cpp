@@ -22,6 +22,9 @@
 #endif
 
 namespace llmfast::cuda::model {
+
+int fault = 0;
+
 namespace {
 
 constexpr int kStack = 256 << 10;
@@ -117,9 +120,13 @@ void leave(Wait wait) {
 }
 
 void entry() {
+#ifdef MODEL_TSAN  // blocks are not ordered, but one lane's stack serves them one after another
+  __tsan_acquire(lane->stack.get());
+#endif
   (*body)();
   if (!lane->copies.empty()) fail("cp.async never waited for");
 #ifdef MODEL_TSAN
+  __tsan_release(lane->stack.get());
   __tsan_release(&launch_token);
 #endif
   leave(kDone);
@@ -226,16 +233,19 @@ const char* launch(int64_t blocks, int threads, int bytes, const std::function<v
 #endif
     }
     run_block(threads);
-#ifndef MODEL_TSAN
+#ifdef MODEL_TSAN
+    for (void* fiber : ended) __tsan_destroy_fiber(fiber);
+    ended.clear();
+#else
     free(used.back());
     used.pop_back();
 #endif
   }
 #ifdef MODEL_TSAN  // only now: blocks are not ordered among each other
   __tsan_acquire(&launch_token);
-  for (void* fiber : ended) __tsan_destroy_fiber(fiber);
 #endif
   for (char* shared : used) free(shared);
+  if (!error.empty()) lanes.clear();  // the stacks of threads that never ended
   return error.empty() ? nullptr : error.c_str();
 }
 
@@ -288,7 +298,7 @@ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half) {
     bool is_half;
   } mine{c, a, {b0, b1}, is_half};
   meet(&mine, "mma", [](const void* const* lanes) {
-    float A[16][16], B[16][8], C[16][8];
+    double A[16][16], B[16][8], C[16][8];  // the products of one mma are exact and are added before one rounding
     for (int l = 0; l < 32; l++) {
       const Mine& m = *static_cast<const Mine*>(lanes[l]);
       const auto wide = m.is_half ? half_to_float : bf16_to_float;
@@ -325,4 +335,6 @@ void cp_async_deliver(int pending, void (*store)(char* to, const uint32_t (&byte
 
 }  // namespace llmfast::cuda::model
 
-extern "C" __attribute__((visibility("default"))) void llmfast_model_seed(unsigned seed) { llmfast::cuda::model::seed = seed; }
+extern "C" __attribute__((visibility("default"))) void llmfast_model(unsigned seed, int fault) {
+  llmfast::cuda::model::seed = seed, llmfast::cuda::model::fault = fault;
+}

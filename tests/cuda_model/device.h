@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define FAULT llmfast::cuda::model::fault
 
 struct uint4 {
   uint32_t x, y, z, w;
@@ -34,6 +35,8 @@ struct bf16 {
 };
 
 namespace model {
+
+extern int fault;  // which of the faults planted in the kernels is active; 0: none
 
 int thread_index();
 int64_t block_index();

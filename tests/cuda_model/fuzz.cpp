@@ -1,0 +1,222 @@
+// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|softmax FIRST COUNT [SEED [FAULT [SMALL]]]
+//
+// Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the heap, so that
+// AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit status 1 if there are any.
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "cuda/launch.h"
+#include "cuda/views.cuh"
+
+using namespace llmfast;
+extern "C" void llmfast_model(unsigned seed, int fault);
+
+namespace {
+
+std::mt19937 rng;
+int draw(int from, int to) { return from + static_cast<int>(rng() % (to - from + 1)); }
+bool maybe(int one_in) { return draw(1, one_in) == 1; }
+double normal() {
+  double x = -6;
+  for (int i = 0; i < 12; i++) x += rng() / 4294967296.0;
+  return x;
+}
+
+double get(const Tensor& t, int64_t i) {
+  switch (t.dtype) {
+    case Dtype::kFloat32: return reinterpret_cast<float*>(t.data)[i];
+    case Dtype::kBFloat16: return cuda::to_float(reinterpret_cast<cuda::bf16*>(t.data)[i]);
+    case Dtype::kFloat16: return cuda::to_float(reinterpret_cast<cuda::half*>(t.data)[i]);
+    case Dtype::kBool: return reinterpret_cast<bool*>(t.data)[i];
+    default: return reinterpret_cast<int*>(t.data)[i];
+  }
+}
+void set(const Tensor& t, int64_t i, double x) {
+  switch (t.dtype) {
+    case Dtype::kFloat32: reinterpret_cast<float*>(t.data)[i] = x; break;
+    case Dtype::kBFloat16: reinterpret_cast<cuda::bf16*>(t.data)[i] = cuda::from_float<cuda::bf16>(x); break;
+    case Dtype::kFloat16: reinterpret_cast<cuda::half*>(t.data)[i] = cuda::from_float<cuda::half>(x); break;
+    case Dtype::kBool: reinterpret_cast<bool*>(t.data)[i] = x > 0; break;
+    default: reinterpret_cast<int*>(t.data)[i] = x;
+  }
+}
+int bytes(Dtype d) { return d == Dtype::kBool ? 1 : d == Dtype::kFloat32 || d == Dtype::kInt32 ? 4 : 2; }
+double at(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
+  return get(t, a * t.stride[0] + b * t.stride[1] + c * t.stride[2] + d * t.stride[3]);
+}
+
+struct Heap {
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks;
+
+  // A tensor of these sizes, heads and rows swapped in memory where asked, rows padded to `pad` elements; every element from fill().
+  template <class F>
+  Tensor make(Dtype dtype, std::vector<int64_t> size, F fill, bool swap = false, int pad = 1) {
+    Tensor t;
+    t.dtype = dtype, t.dim = static_cast<int>(size.size());
+    std::vector<int> order(t.dim);
+    for (int i = 0; i < t.dim; i++) order[i] = i;
+    if (swap) std::swap(order[1], order[2]);
+    int64_t elements = 1, row = 0;
+    for (int n = t.dim - 1; n >= 0; n--) {
+      const int i = order[n];
+      t.size[i] = size[i], t.stride[i] = size[i] == 1 ? 0 : elements;
+      elements *= n == t.dim - 1 ? (size[i] + pad - 1) / pad * pad : size[i];
+      if (n == t.dim - 1) row = elements;
+    }
+    // the last row ends at its last element, not at its padding
+    const int64_t used = elements ? elements - row + t.size[t.dim - 1] : 0;
+    void* p = nullptr;
+    if (posix_memalign(&p, 16, used * bytes(dtype) + (used == 0))) abort();
+    blocks.emplace_back(p, free);
+    t.data = static_cast<char*>(p);
+    for (int64_t i = 0; i < used; i++) set(t, i, fill());
+    return t;
+  }
+};
+
+const double kNan = NAN, kInfinity = INFINITY;
+
+bool wrong(double got, double want, double allowed) {
+  if (std::isnan(got) || std::isinf(want)) return !(got == want);
+  return std::fabs(got - want) > allowed;
+}
+
+int attention(int number, bool small) {
+  Heap heap;
+  const Dtype dtype = maybe(2) ? Dtype::kBFloat16 : Dtype::kFloat16;
+  const int dims[] = {64, 64, 128, 32, 16, 40, 59, 80, 96, 111, 160, 256};
+  const int packed = !small && maybe(4), H = draw(1, 4), Hk = H % 2 == 0 && maybe(2) ? H / 2 : maybe(4) ? 1 : H;
+  const int D = dims[draw(0, small ? 1 : 11)], Dv = maybe(5) ? dims[draw(0, small ? 1 : 11)] : D, B = draw(1, 2);
+  const int Nq = maybe(6) ? 1 : draw(1, small ? 140 : 180), Nk = maybe(12) ? 0 : draw(1, small ? 140 : 200);
+  AttentionForward p{};
+  const auto tensor = [&](int heads, int n, int d) {
+    return heap.make(dtype, {packed ? 1 : B, heads, n, d}, [] { return 1.4 * normal(); }, maybe(2), 8);
+  };
+  p.q = tensor(H, Nq, D), p.k = tensor(Hk, Nk, D), p.v = tensor(Hk, Nk, Dv);
+  p.o = heap.make(dtype, {packed ? 1 : B, H, Nq, Dv}, [] { return kNan; }, maybe(2));
+  if (!maybe(4)) p.lse = heap.make(Dtype::kFloat32, {packed ? 1 : B, H, Nq}, [] { return kNan; });
+  const int open = 1 << 30, kind = draw(0, 4);
+  p.spec = {1 / std::sqrt(static_cast<double>(D)), open, open, 0, 0};
+  if (kind == 1) p.spec.right = 0;
+  if (kind == 2) p.spec.right = Nq - Nk;
+  if (kind == 3) p.spec.left = draw(0, 90), p.spec.right = draw(0, 40);
+  if (kind == 4) p.spec.left = draw(-20, 70), p.spec.right = draw(-20, 30);
+  if (maybe(8)) p.spec.scale *= draw(-1, 1);
+  if (maybe(6)) p.spec.softcap = 3;
+  if (maybe(6)) p.extras.alibi_slopes = heap.make(Dtype::kFloat32, {H}, [] { return 0.3 * std::fabs(normal()); });
+  if (maybe(4)) p.extras.sinks = heap.make(Dtype::kFloat32, {H}, normal);
+  if (!packed && maybe(6)) p.extras.mask = heap.make(Dtype::kBool, {maybe(2) ? B : 1, 1, Nq, Nk}, [] { return draw(-1, 2); });
+  if (!packed && maybe(6)) p.extras.bias = heap.make(maybe(2) ? dtype : Dtype::kFloat32, {H, Nq, Nk}, normal);
+  std::vector<int> starts[2] = {{0, Nq}, {0, Nk}};
+  if (packed)
+    for (int side = 0; side < 2; side++) {
+      const int n = side ? Nk : Nq;
+      std::vector<int>& cu = starts[side] = {0, draw(0, n), draw(0, n), n};
+      if (cu[1] > cu[2]) std::swap(cu[1], cu[2]);
+      int next = 0;
+      (side ? p.extras.cu_seqlens_k : p.extras.cu_seqlens_q) = heap.make(Dtype::kInt32, {4}, [&] { return cu[next++]; });
+    }
+  if (const char* error = cuda::attention_forward(p, nullptr)) {
+    std::printf("attention %d: %s\n", number, error);
+    return 1;
+  }
+  const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  for (int b = 0; b < (packed ? 3 : B); b++)
+    for (int h = 0; h < H; h++) {
+      const int s = packed ? b : 0, q0 = starts[0][s], k0 = starts[1][s], nq = starts[0][s + 1] - q0, nk = starts[1][s + 1] - k0;
+      const int row = packed ? 0 : b, hk = h / (H / Hk);
+      for (int i = 0; i < nq; i++) {
+        std::vector<double> x(nk), o(Dv);
+        const double sink = p.extras.sinks ? get(p.extras.sinks, h * p.extras.sinks.stride[0]) : -kInfinity;
+        double m = sink, l = 0, largest = 0;
+        for (int j = 0; j < nk; j++) {
+          double y = 0;
+          for (int d = 0; d < D; d++) y += at(p.q, row, h, q0 + i, d) * at(p.k, row, hk, k0 + j, d);
+          y *= p.spec.scale;
+          if (p.spec.softcap) y = p.spec.softcap * std::tanh(y / p.spec.softcap);
+          const int distance = j - i - (nk - nq);
+          if (p.extras.alibi_slopes) y -= get(p.extras.alibi_slopes, h * p.extras.alibi_slopes.stride[0]) * std::abs(distance);
+          if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
+          if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
+          if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
+          x[j] = y, m = std::fmax(m, y);
+        }
+        for (int j = 0; j < nk; j++) {
+          const double e = m == -kInfinity ? 0 : std::exp(x[j] - m);
+          l += e;
+          for (int d = 0; d < Dv; d++) o[d] += e * at(p.v, row, hk, k0 + j, d);
+        }
+        if (m != -kInfinity) l += std::exp(sink - m);
+        for (int d = 0; d < Dv; d++) largest = std::fmax(largest, std::fabs(o[d] = l == 0 ? 0 : o[d] / l));
+        for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
+          if (wrong(at(p.o, row, h, q0 + i, d), o[d], 4 * eps * (largest + 1))) {
+            std::printf("attention %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d, at(p.o, row, h, q0 + i, d), o[d]);
+            return 1;
+          }
+        const double lse = l == 0 ? -kInfinity : m + std::log(l);
+        const double got = p.lse ? at(p.lse, row, h, q0 + i, 0) : lse;
+        if (wrong(got, lse, 1e-5 * (1 + std::fabs(lse)))) {
+          std::printf("attention %d: lse[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, lse);
+          return 1;
+        }
+      }
+    }
+  return 0;
+}
+
+int softmax(int number, bool small) {
+  Heap heap;
+  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
+  const int lengths[] = {draw(1, 40), draw(200, 300), draw(1000, 1100), draw(1025, 3000), 8 * draw(1, 140), draw(8190, 9000), draw(32760, 40000)};
+  const int N = lengths[draw(0, small ? 4 : 6)], M = N > 4000 ? draw(1, 2) : draw(1, 9), pad = maybe(2) ? 8 : 1;
+  Softmax p{};
+  p.x = heap.make(dtype, {draw(1, 2), 2, M, N}, [] { return 2 * normal(); }, maybe(2), pad);
+  p.y = maybe(3) ? p.x : heap.make(dtype, {p.x.size[0], 2, M, N}, [] { return kNan; }, maybe(2), pad);
+  p.scale = maybe(2) ? 1 : 1.5 * normal(), p.offset = maybe(2) ? 1 << 30 : draw(-M, N), p.log = maybe(2);
+  if (maybe(3)) p.mask = heap.make(Dtype::kBool, {M, N}, [] { return draw(-1, 3); });
+  if (maybe(3)) p.bias = heap.make(Dtype::kFloat32, {N}, normal);
+  std::vector<double> x;
+  for (int r = 0; r < p.x.size[0] * 2 * M; r++)
+    for (int j = 0; j < N; j++) x.push_back(at(p.x, r / M / 2, r / M % 2, r % M, j));
+  if (const char* error = cuda::softmax_forward(p, nullptr)) {
+    std::printf("softmax %d: %s\n", number, error);
+    return 1;
+  }
+  const double eps = dtype == Dtype::kFloat32 ? 0x1p-20 : dtype == Dtype::kBFloat16 ? 0x1p-7 : 0x1p-10;
+  for (int64_t r = 0; r < p.x.size[0] * 2 * M; r++) {
+    double m = -kInfinity, l = 0, *s = &x[r * N];
+    for (int j = 0; j < N; j++) {
+      s[j] = s[j] * static_cast<float>(p.scale) + (p.bias ? get(p.bias, j * p.bias.stride[0]) : 0);
+      if (j > r % M + p.offset || (p.mask && !at(cuda::four_dimensional(p.mask), 0, 0, r % M, j))) s[j] = -kInfinity;
+      m = std::fmax(m, s[j]);
+    }
+    for (int j = 0; j < N; j++) l += m == -kInfinity ? 0 : std::exp(s[j] - m);
+    for (int j = 0; j < N; j++) {
+      const double y = l == 0 ? (p.log ? -kInfinity : 0) : p.log ? s[j] - m - std::log(l) : std::exp(s[j] - m) / l;
+      const double got = at(p.y, r / M / 2, r / M % 2, r % M, j);
+      if (wrong(got, y, eps * (1 + std::fabs(m)) * (std::fabs(y) + (p.log ? 1 : 1.0 / N)))) {  // s is rounded at the size of m
+        std::printf("softmax %d: row %d of %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), M, j, N, got, y);
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const auto argument = [&](int i, int otherwise) { return count > i ? std::atoi(arguments[i]) : otherwise; };
+  const bool is_softmax = count > 1 && arguments[1][0] == 's', small = argument(6, 0);
+  llmfast_model(argument(4, 0), argument(5, 0));
+  int bad = 0;
+  for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1); i++) {
+    rng.seed(i + 1);
+    bad += is_softmax ? softmax(i, small) : attention(i, small);
+  }
+  std::printf("%d wrong of %d\n", bad, argument(3, 1));
+  return bad > 0;
+}

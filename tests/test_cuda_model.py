@@ -1,0 +1,149 @@
+"""The CUDA kernels on the host model of the GPU (tests/cuda_model): the case table, random problems under sanitizers, planted faults.
+
+A new kernel is here when it has its rows in the case table, its draw in fuzz.cpp and a planted fault for each barrier it relies on.
+"""
+
+import random
+import shutil
+
+import cuda_model
+import pytest
+import torch
+
+import llmfast
+from llmfast import backends, cases
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host model needs g++")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The cuda backend runs on the host model."""
+    monkeypatch.setitem(backends._ops, ("attention", "cuda"), cuda_model.attention)
+    monkeypatch.setitem(backends._ops, ("softmax", "cuda"), cuda_model.softmax)
+    yield
+    cuda_model.schedule(0)
+
+
+def rows(table, dtypes):
+    """Every case in the first dtype, a seeded half of them in the others, the rest in the long tier."""
+    draw = random.Random(0)
+    for name in table:
+        for dtype in dtypes:
+            short = dtype == dtypes[0] or draw.random() < 0.4
+            yield pytest.param(name, dtype, marks=[] if short else pytest.mark.long, id=f"{name}-{dtype}")
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(rows(cases.CASES, ["bf16", "fp16"])))
+def test_attention(cuda, name, dtype):
+    p = cases.problem(cases.CASES[name], DTYPES[dtype])._replace(do=None, dlse=None)
+    try:
+        got = cases.run(p, "cuda")
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    assert cases.disagreements(p, got) == []
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(rows(cases.SOFTMAX_CASES, ["bf16", "fp16", "fp32"])))
+def test_softmax(cuda, name, dtype):
+    x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[name], DTYPES[dtype])
+    assert cases.softmax_disagreements(x, options, dy, cases.run_softmax(x, options, None, "cuda")) == []
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, pytest.param(4, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)])
+def test_every_schedule_gives_the_same_bits(cuda, seed):
+    p = cases.problem(cases.CASES["causal more keys"], torch.bfloat16)._replace(do=None, dlse=None)
+    x = torch.randn(3, 1500)
+    cuda_model.schedule(0)
+    want, y = cases.run(p, "cuda"), llmfast.softmax(x, backend="cuda")
+    cuda_model.schedule(seed)
+    got = cases.run(p, "cuda")
+    assert torch.equal(got.o, want.o)
+    assert torch.equal(got.lse, want.lse)
+    assert torch.equal(llmfast.softmax(x, backend="cuda"), y)
+
+
+def test_a_head_depends_on_itself_alone(cuda):
+    """Batch-invariance, and NaN in one sequence stays there."""
+    p = cases.problem(cases.Case(2, 2, 2, 70, 90, 64, 64, dict(causal=True)), torch.bfloat16)._replace(do=None)
+    whole = cases.run(p, "cuda")
+    one = cases.run(cases.Problem(*(t[1:, 1:].clone() for t in p[:3]), p.options, None, None), "cuda")
+    assert torch.equal(whole.o[1:, 1:], one.o)
+    for t in p[:3]:
+        t[0, 0, 3] = float("nan")
+    spoiled = cases.run(p, "cuda")
+    assert spoiled.o[0, 0, 3].isnan().all()
+    assert torch.equal(spoiled.o[1], whole.o[1])
+    assert torch.equal(spoiled.o[0, 1], whole.o[0, 1])
+
+
+def test_refusals_are_sentences(cuda):
+    q = torch.randn(1, 1, 8, 32)
+    refusal = lambda **kw: str(pytest.raises(NotImplementedError, llmfast.attention, *kw.pop("t"), backend="cuda", **kw).value)
+    assert "float32 is not float16 or bfloat16" in refusal(t=(q, q, q))
+    h = q.half()
+    assert "dropout is not supported" in refusal(t=(h, h, h), dropout_p=0.5)
+    assert "head dim 264 is more than 256" in refusal(t=[torch.zeros(1, 1, 8, 264).half()] * 3)
+
+
+# ---- sanitizers
+
+
+@pytest.mark.parametrize("what", ["attention", "softmax"])
+def test_address_sanitizer(request, what):
+    """Random problems, exact heap sizes: no step outside, no undefined behaviour, right results."""
+    count = 400 if request.config.getoption("--all") else 12
+    status, output = cuda_model.fuzz("asan")(what, 0, count)
+    assert status == 0, output[-3000:]
+
+
+@pytest.mark.parametrize("what", ["attention", "softmax"])
+def test_thread_sanitizer(request, what):
+    count = 60 if request.config.getoption("--all") else 4
+    status, output = cuda_model.fuzz("tsan")(what, 0, count, small=1)
+    assert status == 0, output[-3000:]
+
+
+@pytest.mark.parametrize("what", ["attention", "softmax"])
+def test_random_problems(request, what):
+    count = 600 if request.config.getoption("--all") else 30
+    for seed in range(4):
+        status, output = cuda_model.fuzz()(what, 1000 * seed, count // 4 + 1, seed)
+        assert status == 0, output[-3000:]
+
+
+# The faults planted in csrc/cuda by their number: what is broken, and what finds it besides wrong results.
+FAULTS = {
+    1: ("attention", "waits for one cp.async group too few", "tsan"),
+    2: ("attention", "no barrier before a tile is used", "tsan"),
+    3: ("attention", "a tile is loaded into the slot in use", "tsan"),
+    4: ("attention", "the band is one key too wide", None),
+    5: ("attention", "the row maximum lacks a shuffle", None),
+    6: ("attention", "no barrier between writing and reading o in shared memory", "tsan"),
+    7: ("attention", "reads one row past the end", "asan"),
+    8: ("attention", "writes one row past the end", "asan"),
+    11: ("softmax", "the reduction lacks a shuffle", None),
+    12: ("softmax", "no barrier between warps of a row", "tsan"),
+    13: ("softmax", "two reductions share their shared memory", "tsan"),
+    14: ("softmax", "writes one column past the end", "asan"),
+    15: ("softmax", "the running sum is not rescaled", None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault):
+    what, _, sanitizer = FAULTS[fault]
+    status, output = cuda_model.fuzz("asan" if sanitizer == "asan" else "")(what, 0, 40 if what == "softmax" else 12, fault=fault)
+    assert status != 0
+    if sanitizer == "asan":
+        assert "heap-buffer-overflow" in output
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [n for n, (_, _, sanitizer) in FAULTS.items() if sanitizer == "tsan"])
+def test_race_is_caught(fault):
+    what = FAULTS[fault][0]
+    status, output = cuda_model.fuzz("tsan")(what, 0, 8, fault=fault, small=1)
+    assert status == 66
+    assert "data race" in output
