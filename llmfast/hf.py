@@ -64,8 +64,17 @@ def attention_forward(
         bias = position_bias if bias is None else bias + position_bias
     options |= dict(causal=causal, window=sliding_window if causal else None, mask=mask, bias=bias)
     o = attention(query, key, value, dropout_p=dropout, **options)
-    weights = attention_weights(query, key, **options).to(query.dtype) if kwargs.get("output_attentions") else None
+    weights = attention_weights(query, key, **options).to(query.dtype) if _wants_weights(kwargs) else None
     return o.transpose(1, 2).contiguous(), weights
+
+
+def _wants_weights(kwargs):
+    """GPT-2 keeps output_attentions to itself: then only transformers' collector of outputs knows of it."""
+    if kwargs.get("output_attentions"):
+        return True
+    collector = getattr(sys.modules.get("transformers.utils.output_capturing"), "_active_collector", None)
+    collected = None if collector is None else collector.get()
+    return collected is not None and any("attentions" in key for key in collected)
 
 
 def _packed(query, key, value, kwargs, position_bias, options):
@@ -74,7 +83,7 @@ def _packed(query, key, value, kwargs, position_bias, options):
         raise ValueError(f"cu_seq_lens_q: packed sequences lie in one row, got a batch of {query.shape[0]}")
     if position_bias is not None:
         raise ValueError("cu_seq_lens_q: packed sequences can't have a position_bias; pad them instead")
-    if kwargs.get("output_attentions"):
+    if _wants_weights(kwargs):
         raise ValueError("output_attentions: packed sequences have no weights; pad them instead")
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, H, D)
     cu_q, cu_k = (kwargs[f"cu_seq_lens_{x}"].to(torch.int32) for x in "qk")
