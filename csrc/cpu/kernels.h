@@ -10,6 +10,8 @@ struct Kernels {
   double (*peak)(Dtype);
   void (*attention_backward)(const AttentionBackward&);
   void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);
+  void (*softmax_forward)(const Softmax&);
+  void (*softmax_backward)(const SoftmaxBackward&);
 };
 
 extern const Kernels kBaseline, kAvx2, kAvx512, kAvx512Bf16;

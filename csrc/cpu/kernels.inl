@@ -4,6 +4,7 @@
 #include "cpu/sequence.inl"
 #include "cpu/attention_forward.inl"
 #include "cpu/attention_backward.inl"
+#include "cpu/softmax.inl"
 #include "cpu/peak.inl"
 
 #define LLMFAST_NAME_(x) #x
@@ -16,5 +17,7 @@ const Kernels LLMFAST_TABLE = {
     LLMFAST_ISA::peak,
     LLMFAST_ISA::attention_backward,
     LLMFAST_ISA::rowdot,
+    LLMFAST_ISA::softmax_forward,
+    LLMFAST_ISA::softmax_backward,
 };
 }  // namespace llmfast::cpu
