@@ -51,4 +51,11 @@ struct Softmax {
   bool log;
 };
 
+// dbias, in the compute type and zero to begin with, is absent where not wanted.
+struct SoftmaxBackward {
+  Tensor dy, y, dx, dbias;
+  double scale;
+  bool log;
+};
+
 }  // namespace llmfast

@@ -96,4 +96,14 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     kernels->rowdot(x, y, d);
   });
+  m.def("softmax_forward", [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
+    const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};
+    py::gil_scoped_release release;
+    kernels->softmax_forward(p);
+  });
+  m.def("softmax_backward", [](py::handle dy, py::handle y, py::handle dx, py::handle dbias, double scale, bool log) {
+    const SoftmaxBackward p{view(dy), view(y), view(dx), view(dbias), scale, log};
+    py::gil_scoped_release release;
+    kernels->softmax_backward(p);
+  });
 }

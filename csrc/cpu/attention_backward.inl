@@ -169,7 +169,7 @@ void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<uni
               const int64_t at = (row + i) * kBlock + (g + v) * L;
               vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
               if constexpr (kPass == kWeights) y = exponential<C>(y * scale - w.lse[row + i]);
-              if constexpr (kPass == kGradients) y = load(w.p + at) * (y * scale - w.delta[row + i]);
+              if constexpr (kPass == kGradients) y = load(w.p + at) * scale * (y - w.delta[row + i]);
               if constexpr (kPass != kSum) {
                 if (run.edge) y = visible(x, row + i, g + v, y);
                 acc[i][v] = y;
@@ -362,9 +362,9 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
   auto at = [&](const Tensor& t) {
     return reinterpret_cast<const C*>(t.data) + x.seq.batch * t.stride[0] + x.h * t.stride[1] + (x.seq.q0 + x.i0) * t.stride[2];
   };
-  const C *lse = at(x.a.lse), *delta = at(x.a.delta), factor = adjusts ? C(1) : static_cast<C>(x.a.spec.scale);
+  const C *lse = at(x.a.lse), *delta = at(x.a.delta);
   for (int64_t i = 0; i < x.nq; i++) {
-    w.lse[i] = lse[i * x.a.lse.stride[2]], w.delta[i] = delta[i * x.a.delta.stride[2]] * factor;
+    w.lse[i] = lse[i * x.a.lse.stride[2]], w.delta[i] = delta[i * x.a.delta.stride[2]];
     if (w.lse[i] == -kInfOf<C>) w.lse[i] = kInfOf<C>;  // no key seen: P = 0
   }
   const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer;
@@ -598,22 +598,45 @@ void run(const AttentionBackward& a) {
   free(parts);
 }
 
-// delta = rowsum(o * do)
+// delta = rowsum(o * do) with lanes over rows, summed in the order of dP: a row that sees one key gets dS = 0 exactly.
 template <class T>
 void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
   using C = compute<T>;
-  constexpr int L = kLanesOf<C>;
-  const int64_t H = o.size[1], Nq = o.size[2], D = o.size[3], rows = o.size[0] * H * Nq;
-#pragma omp parallel for if (rows * D > 100000)
-  for (int64_t t = 0; t < rows; t++) {
-    const int64_t b = t / (H * Nq), h = t / Nq % H, i = t % Nq;
-    const T* x = reinterpret_cast<const T*>(o.data) + b * o.stride[0] + h * o.stride[1] + i * o.stride[2];
-    const T* y = reinterpret_cast<const T*>(dout.data) + b * dout.stride[0] + h * dout.stride[1] + i * dout.stride[2];
+  using U = unit<T>;
+  constexpr int L = kLanesOf<C>, kStep = L * static_cast<int>(sizeof(U) / (kPairs<T> ? sizeof(T) : sizeof(C)));
+  const int64_t H = o.size[1], Nq = o.size[2], D = o.size[3], groups = (Nq + L - 1) / L, tasks = o.size[0] * H * groups;
+#pragma omp parallel for if (tasks * L * D > 100000)
+  for (int64_t t = 0; t < tasks; t++) {
+    const int64_t b = t / (H * groups), h = t / groups % H, i0 = t % groups * L, n = min<int64_t>(L, Nq - i0);
+    auto lanes = [&](const Tensor& x, int64_t d, auto& r) {  // r[i]: unit d / units + i of each row
+      const T* p = reinterpret_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + i0 * x.stride[2] + d;
+      LLMFAST_UNROLL for (int i = 0; i < L; i++, p += x.stride[2]) {
+        r[i] = std::remove_reference_t<decltype(r[0])>{};
+        if (i >= n) continue;
+        if constexpr (kPairs<T>) {
+          U part[L] = {};
+          memcpy(part, p, min<int64_t>(D - d, kStep) * sizeof(T));
+          r[i] = loadu(part);
+        } else {
+          r[i] = D - d < kStep ? load_part(p, D - d) : loadu(p);
+        }
+      }
+      transpose(r);
+    };
     vec_of<C> acc{};
-    int64_t d = 0;
-    for (; d + L <= D; d += L) acc += loadu(x + d) * loadu(y + d);
-    if (d < D) acc += load_part(x + d, D - d) * load_part(y + d, D - d);
-    reinterpret_cast<C*>(delta.data)[b * delta.stride[0] + h * delta.stride[1] + i * delta.stride[2]] = sum(acc);
+    for (int64_t d = 0; d < D; d += kStep) {
+      decltype(load(static_cast<U*>(nullptr))) x[L], y[L];
+      lanes(o, d, x), lanes(dout, d, y);
+      LLMFAST_UNROLL for (int i = 0; i < L; i++) {
+        if constexpr (kPairs<T>) {
+          acc = dot(acc, x[i], y[i]);
+        } else {
+          acc += x[i] * y[i];
+        }
+      }
+    }
+    C* to = reinterpret_cast<C*>(delta.data) + b * delta.stride[0] + h * delta.stride[1] + i0 * delta.stride[2];
+    for (int64_t i = 0; i < n; i++) to[i * delta.stride[2]] = acc[i];
   }
 }
 

@@ -11,6 +11,8 @@ struct Kernels {
   double (*peak)(Dtype);
   void (*attention_backward)(const AttentionBackward&);
   void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);
+  void (*softmax_forward)(const Softmax&);
+  void (*softmax_backward)(const SoftmaxBackward&);
 };
 
 // Weak: a table that setup.py leaves out (LLMFAST_ISAS) has no address.

@@ -6,6 +6,7 @@
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
 #include "cpu/attention_backward.inl"
+#include "cpu/softmax.inl"
 #include "cpu/peak.inl"
 
 #define LLMFAST_NAME_(x) #x
@@ -19,5 +20,7 @@ const Kernels LLMFAST_TABLE = {
     LLMFAST_ISA::peak,
     LLMFAST_ISA::attention_backward,
     LLMFAST_ISA::rowdot,
+    LLMFAST_ISA::softmax_forward,
+    LLMFAST_ISA::softmax_backward,
 };
 }  // namespace llmfast::cpu

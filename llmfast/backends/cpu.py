@@ -80,3 +80,34 @@ def _rowdot(o, do):
 
 
 attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, decode=_attention_decode)
+
+
+def _softmax_supports(x, spec, extras):
+    if _cpu is None:
+        return _NOT_BUILT
+    return None if x.is_cpu else f"needs a CPU tensor, got {x.device}"
+
+
+_ACROSS = 16384  # columns that a group of rows may have where the rows, not the columns, lie side by side
+
+
+def _softmax_forward(x, out, spec, extras):
+    rows = x.stride(-1) == 1 or x.shape[-1] == 1
+    if not rows and not (x.stride(-2) == 1 and x.shape[-1] <= _ACROSS):
+        x, rows = x.contiguous(), True
+    y = torch.empty_like(x) if out is None else out
+    direct = y.stride(-1) == 1 or y.shape[-1] == 1 if rows else y.stride(-2) == 1 and y.stride(-1) != 1
+    target = y if direct else torch.empty_like(x)
+    _cpu.softmax_forward(x, target, *extras, *spec)
+    return y if direct else y.copy_(target)
+
+
+def _softmax_backward(dy, y, spec, extras):
+    dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
+    dx = torch.empty_like(y)
+    dbias = None if extras.bias is None else torch.zeros(extras.bias.shape, dtype=lse_dtype(y))
+    _cpu.softmax_backward(dy, y, dx, dbias, spec.scale, spec.log)
+    return dx, None if dbias is None else dbias.to(extras.bias.dtype)
+
+
+softmax = Op(_softmax_supports, _softmax_forward, _softmax_backward)

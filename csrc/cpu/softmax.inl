@@ -1,0 +1,282 @@
+// softmax and log_softmax of s = scale x + bias over the last dimension of (L0, L1, M, N), and their backward.
+//
+// A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum, exp and sum,
+// write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result. Where M is the contiguous
+// dimension, kLanes rows are transposed into the buffer and back.
+namespace llmfast::cpu::LLMFAST_ISA {
+namespace softmax_rows {
+
+constexpr int64_t kChunk = 4096;
+
+template <class T>
+T* at(const Tensor& t, int64_t a, int64_t b, int64_t i) {
+  return reinterpret_cast<T*>(t.data) + a * t.stride[0] + b * t.stride[1] + i * t.stride[2];
+}
+
+template <class C>
+LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
+  return attention_bwd::exponential<C>(x);
+}
+template <class V>
+LLMFAST_INLINE auto greatest(V x) {
+  auto m = x[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(x[0])); i++) m = m > x[i] ? m : x[i];
+  return m;
+}
+
+// n numbers of x, scaled, to buffer, with what bias and mask do to them, and -inf up to 4 whole vectors: their
+// maximum, which loses a NaN (the sum keeps it)
+template <class T, class C>
+LLMFAST_INLINE C fill(const Softmax& p, const T* x, int64_t a, int64_t b, int64_t i, int64_t j, int64_t n, bool widened, C* buffer, C* other) {
+  constexpr int L = kLanesOf<C>;
+  using V = vec_of<C>;
+  const C scale = static_cast<C>(p.scale);
+  V m0 = splat(-kInfOf<C>), m1 = m0, m2 = m0, m3 = m0;
+  int64_t e = 0;
+  const bool plain = !p.bias && !p.mask;
+  if (!widened) {
+    for (; e + 4 * L <= n; e += 4 * L) {
+      V y0 = loadu(x + e) * scale, y1 = loadu(x + e + L) * scale, y2 = loadu(x + e + 2 * L) * scale, y3 = loadu(x + e + 3 * L) * scale;
+      store(buffer + e, y0), store(buffer + e + L, y1), store(buffer + e + 2 * L, y2), store(buffer + e + 3 * L, y3);
+      m0 = max(m0, y0), m1 = max(m1, y1), m2 = max(m2, y2), m3 = max(m3, y3);
+    }
+    for (; e + L <= n; e += L) {
+      V y = loadu(x + e) * scale;
+      store(buffer + e, y), m0 = max(m0, y);
+    }
+    if (e < n) store(buffer + e, load_part(x + e, n - e) * scale);
+  }
+  for (int64_t t = n; t < (n + 4 * L - 1) / (4 * L) * (4 * L); t++) buffer[t] = -kInfOf<C>;
+  if (plain && !widened) {
+    if (e < n) m0 = max(m0, load(buffer + e));
+    return greatest(max(max(m0, m1), max(m2, m3)));
+  }
+  auto start = [&](const Tensor& t) { return a * t.stride[0] + b * t.stride[1] + i * t.stride[2] + j * t.stride[3]; };
+  if (p.bias) {
+    attention_bwd::row_of(p.bias, start(p.bias), n, other);
+    for (e = 0; e < n; e += L) store(buffer + e, load(buffer + e) + load(other + e));
+  }
+  if (p.mask) {
+    attention_bwd::row_of(p.mask, start(p.mask), n, other);
+    for (e = 0; e < n; e += L) store(buffer + e, load(other + e) == 0 ? splat(-kInfOf<C>) : load(buffer + e));
+  }
+  for (int64_t t = n; t < (n + L - 1) / L * L; t++) buffer[t] = -kInfOf<C>;
+  m0 = splat(-kInfOf<C>);
+  for (e = 0; e < n; e += L) m0 = max(m0, load(buffer + e));
+  return greatest(m0);
+}
+
+// sum of exp(buffer - m), kept in the buffer where kKeep
+template <bool kKeep, class C>
+LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
+  constexpr int L = kLanesOf<C>;
+  vec_of<C> sums[4] = {};
+  for (int64_t e = 0; e < n; e += 4 * L)
+    LLMFAST_UNROLL for (int k = 0; k < 4; k++) {
+      vec_of<C> y = exponential<C>(load(buffer + e + k * L) - m);
+      sums[k] += y;
+      if constexpr (kKeep) store(buffer + e + k * L, y);
+    }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// y = f(buffer)
+template <class T, class C, class F>
+LLMFAST_INLINE void write(const C* buffer, int64_t n, T* y, F&& f) {
+  constexpr int L = kLanesOf<C>;
+  int64_t e = 0;
+  for (; e + 2 * L <= n; e += 2 * L) storeu(y + e, f(load(buffer + e))), storeu(y + e + L, f(load(buffer + e + L)));
+  for (; e + L <= n; e += L) storeu(y + e, f(load(buffer + e)));
+  if (e < n) store_part(y + e, f(load(buffer + e)), n - e);
+}
+
+template <class C>
+LLMFAST_INLINE C finite(C m) {
+  return m == -kInfOf<C> ? C(0) : m;
+}
+
+// A row that fits in the buffer, already filled: the result in the buffer's place.
+template <class T, class C>
+LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
+  m = finite(m);
+  if (log_of) {
+    const C l = sum_exp<false>(buffer, n, m), lse = l == 0 ? C(0) : log(l);
+    write(buffer, n, y, [&](auto v) { return v - m - lse; });
+  } else {
+    const C l = sum_exp<true>(buffer, n, m), inverse = l == 0 ? C(0) : 1 / l;
+    write(buffer, n, y, [&](auto v) { return v * inverse; });
+  }
+}
+
+template <class T>
+LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other) {
+  using C = compute<T>;
+  const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
+  const T* x = at<T>(p.x, a, b, i);
+  T* y = at<T>(p.y, a, b, i);
+  if (n <= kChunk) {
+    const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
+    finish(p.log, buffer, n, m, y);
+  } else {
+    C m = -kInfOf<C>, l = 0;
+    for (int64_t j = 0; j < n; j += kChunk) {
+      const int64_t c = min(kChunk, n - j);
+      const C most = fill(p, x + j, a, b, i, j, c, false, buffer, other);
+      if (most > m) l *= exp(finite(m) - most), m = most;
+      l += sum_exp<false>(buffer, c, finite(m));
+    }
+    m = finite(m);
+    const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
+    for (int64_t j = 0; j < n; j += kChunk) {
+      const int64_t c = min(kChunk, n - j);
+      fill(p, x + j, a, b, i, j, c, false, buffer, other);
+      if (p.log) {
+        write(buffer, c, y + j, [&](auto v) { return v - m - lse; });
+      } else {
+        write(buffer, c, y + j, [&](auto v) { return exponential<C>(v - m) * inverse; });
+      }
+    }
+  }
+  if (p.log) {
+    for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<C>);
+  } else if (n < N) {
+    memset(y + n, 0, (N - n) * sizeof(T));
+  }
+}
+
+// Rows [i, i + kLanes) of a tensor whose contiguous dimension is M: buffer (kLanes, stride)
+template <class T>
+void columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t N = p.x.size[3], count = min<int64_t>(L, p.x.size[2] - i), stride = (N + 63) / 64 * 64;
+  const C scale = static_cast<C>(p.scale);
+  const T* x = at<T>(p.x, a, b, i);
+  T* y = at<T>(p.y, a, b, i);
+  for (int64_t j = 0; j < N; j += L) {
+    vec_of<C> r[L];
+    for (int k = 0; k < L; k++) {
+      const T* from = x + (j + k) * p.x.stride[3];
+      r[k] = j + k >= N ? vec_of<C>{} : (count < L ? load_part(from, count) : loadu(from)) * scale;
+    }
+    transpose(r);
+    for (int k = 0; k < L; k++) store(buffer + k * stride + j, r[k]);
+  }
+  for (int64_t k = 0; k < count; k++) {
+    C* const mine = buffer + k * stride;
+    const int64_t n = clamp(i + k + p.offset + 1, 0, N);
+    const C m = fill(p, x, a, b, i + k, 0, n, true, mine, other);
+    finish(p.log, mine, n, m, mine);
+    for (int64_t j = n; j < N; j++) mine[j] = p.log ? -kInfOf<C> : C(0);
+  }
+  for (int64_t j = 0; j < N; j += L) {
+    vec_of<C> r[L];
+    for (int k = 0; k < L; k++) r[k] = load(buffer + k * stride + j);
+    transpose(r);
+    for (int k = 0; k < min<int64_t>(L, N - j); k++) {
+      T* to = y + (j + k) * p.y.stride[3];
+      if (count < L) {
+        store_part(to, r[k], count);
+      } else {
+        storeu(to, r[k]);
+      }
+    }
+  }
+}
+
+template <class T>
+void forward(const Softmax& p) {
+  using C = compute<T>;
+  const int64_t L1 = p.x.size[1], M = p.x.size[2], N = p.x.size[3];
+  const bool across = N > 1 && p.x.stride[3] != 1;
+  const int64_t step = across ? kLanesOf<C> : 1, groups = (M + step - 1) / step, tasks = p.x.size[0] * L1 * groups;
+  if (N == 0) return;
+#pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
+  {
+    static thread_local Scratch scratch;
+    const int64_t room = (across ? N : min(N, kChunk)) + 64;
+    C* const buffer = static_cast<C*>(scratch.bytes((step + 1) * (room + 64) * sizeof(C)));
+    C* const other = buffer + step * (room / 64 * 64 + 64);
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tasks; t++) {
+      const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
+      if (across) {
+        columns<T>(p, a, b, i, buffer, other);
+      } else {
+        row<T>(p, a, b, i, buffer, other);
+      }
+    }
+  }
+}
+
+// ds = y (dy - sum(y dy)), or dy - exp(y) sum(dy) for log_softmax; dx = scale ds; dbias adds up ds.
+template <class T>
+LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t N = p.y.size[3];
+  const T *y = at<T>(p.y, a, b, i), *dy = at<T>(p.dy, a, b, i);
+  T* dx = at<T>(p.dx, a, b, i);
+  const C scale = static_cast<C>(p.scale);
+  auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
+  V sums[2] = {};
+  auto each = [&](auto&& f) {
+    int64_t j = 0;
+    for (; j + L <= N; j += L) f(j, L, loadu(y + j), loadu(dy + j));
+    if (j < N) f(j, N - j, load_part(y + j, N - j), load_part(dy + j, N - j));
+  };
+  each([&](int64_t j, int64_t, V v, V d) { sums[j / L % 2] += p.log ? counts(v, d) : v * d; });
+  const C total = sum(sums[0] + sums[1]);
+  C* const db = p.dbias ? at<C>(p.dbias, a, b, i) : nullptr;
+  C over_row = 0;
+  each([&](int64_t j, int64_t n, V v, V d) {
+    const V ds = p.log ? counts(v, d) - exponential<C>(v) * total : v * (d - total);
+    if (n == L) {
+      storeu(dx + j, ds * scale);
+    } else {
+      store_part(dx + j, ds * scale, n);
+    }
+    for (int64_t k = 0; db && k < n; k++) (p.dbias.stride[3] ? db[(j + k) * p.dbias.stride[3]] : over_row) += ds[k];
+  });
+  if (db && !p.dbias.stride[3]) *db += over_row;
+}
+
+template <class T>
+void backward(const SoftmaxBackward& p) {
+  // Rows that add to the same element of dbias stay in one task, in order.
+  const int64_t* size = p.y.size;
+  int64_t units[3], tasks = 1;
+  for (int k = 0; k < 3; k++) tasks *= units[k] = p.dbias && p.dbias.size[k] == 1 ? min<int64_t>(size[k], 1) : size[k];
+  auto first = [&](int k, int64_t unit) { return units[k] == size[k] ? unit : 0; };
+  auto end = [&](int k, int64_t unit) { return units[k] == size[k] ? unit + 1 : size[k]; };
+#pragma omp parallel for schedule(static) if (tasks > 1 && size[0] * size[1] * size[2] * size[3] > 32768)
+  for (int64_t t = 0; t < tasks; t++) {
+    const int64_t u[3] = {t / (units[1] * units[2]), t / units[2] % units[1], t % units[2]};
+    for (int64_t a = first(0, u[0]); a < end(0, u[0]); a++)
+      for (int64_t b = first(1, u[1]); b < end(1, u[1]); b++)
+        for (int64_t i = first(2, u[2]); i < end(2, u[2]); i++) backward_row<T>(p, a, b, i);
+  }
+}
+
+}  // namespace softmax_rows
+
+void softmax_forward(const Softmax& p) {
+  switch (p.x.dtype) {
+    case Dtype::kFloat32: return softmax_rows::forward<float>(p);
+    case Dtype::kBFloat16: return softmax_rows::forward<bf16>(p);
+    case Dtype::kFloat16: return softmax_rows::forward<f16>(p);
+    default: return softmax_rows::forward<double>(p);
+  }
+}
+
+void softmax_backward(const SoftmaxBackward& p) {
+  switch (p.y.dtype) {
+    case Dtype::kFloat32: return softmax_rows::backward<float>(p);
+    case Dtype::kBFloat16: return softmax_rows::backward<bf16>(p);
+    case Dtype::kFloat16: return softmax_rows::backward<f16>(p);
+    default: return softmax_rows::backward<double>(p);
+  }
+}
+
+}  // namespace llmfast::cpu::LLMFAST_ISA
