@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 def target() -> str:
@@ -33,10 +34,10 @@ def block_d(D):
     return min(max(16, triton.next_power_of_2(D)), 256)
 
 
-def options(spec, extras, q, k):
+def options(spec, q, k):
     """The compile-time options that every attention kernel shares."""
     return dict(
-        FLOAT32=q.dtype == torch.float32, SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
+        SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
         PRECISION="tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
     )
 
@@ -73,7 +74,7 @@ def forward(q, k, v, o, lse, spec, extras):
         q, k, v, o, lse, extras, q.stride()[:3], k.stride()[:3], v.stride()[:3], o.stride()[:3],
         *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk, tiles, *numbers(spec),
         D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), BLOCK_M=block_m, BLOCK_N=block_n,
-        **options(spec, extras, q, k), num_warps=num_warps, num_stages=num_stages,
+        FLOAT32=q.dtype == torch.float32, **options(spec, q, k), num_warps=num_warps, num_stages=num_stages,
     )
 
 
@@ -124,7 +125,7 @@ def attention_fwd(
             if FLOAT32:
                 p = tl.exp2((s - m_safe[:, None]) * (unit * LOG2E))
             else:  # one multiply-add; rounding its product would cost float32 half its digits in large scores
-                p = tl.exp2(s * (unit * LOG2E) - (m_safe * (unit * LOG2E))[:, None])
+                p = tl.exp2(tl.fma(s, unit * LOG2E, -(m_safe * (unit * LOG2E))[:, None]))
             alpha = tl.exp2((m - m_safe) * (unit * LOG2E))
             l = l * alpha + tl.sum(p, 1)
             if DROPOUT:
@@ -137,7 +138,9 @@ def attention_fwd(
     store_tile(o, so[2], m0, nq, BLOCK_M, Dv - chunk * BLOCK_DV, BLOCK_DV, acc)
     if lse is not None:
         rows = m0 + tl.arange(0, BLOCK_M)
-        m = tl.where(l == 0, float("-inf"), m * unit + tl.log(tl.where(l == 0, 1.0, l)))
+        log_l = tl.log2(tl.where(l == 0, 1.0, l))
+        m = m * unit + log_l * LN2 if FLOAT32 else (m * (unit * LOG2E) + log_l) * LN2  # the maximum as exp2 saw it
+        m = tl.where(l == 0, float("-inf"), m)
         tl.store(lse + (b * H + h) * Nq + q0 + rows, m, mask=rows < tl.where(chunk == 0, nq, 0))
 
 
@@ -150,15 +153,16 @@ def locate(extras, cu_seqlens, total, BLOCK: tl.constexpr, pid, tiles, B, H, Nq,
     tile, head = pid % tiles, pid // tiles
     if extras.cu_seqlens_q is None:
         return (head // H).to(tl.int64), (head % H).to(tl.int64), head // H, tile, 0, 0, Nq, Nk
-    s, end = 0, B
-    while end - s > 1:
-        middle = (s + end) // 2
-        before = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), total) // BLOCK + middle <= tile
-        s, end = tl.where(before, middle, s), tl.where(before, end, middle)
-    q0, q1 = bounds(extras.cu_seqlens_q + s, Nq)
-    k0, k1 = bounds(extras.cu_seqlens_k + s, Nk)
-    tile -= tl.minimum(tl.maximum(tl.load(cu_seqlens + s), 0), total) // BLOCK + s
-    return head.to(tl.int64) * 0, head.to(tl.int64), s, tile, q0.to(tl.int64), k0.to(tl.int64), q1 - q0, k1 - k0
+    else:
+        s, end = 0, B
+        while end - s > 1:
+            middle = (s + end) // 2
+            before = tl.minimum(tl.maximum(tl.load(cu_seqlens + middle), 0), total) // BLOCK + middle <= tile
+            s, end = tl.where(before, middle, s), tl.where(before, end, middle)
+        q0, q1 = bounds(extras.cu_seqlens_q + s, Nq)
+        k0, k1 = bounds(extras.cu_seqlens_k + s, Nk)
+        tile -= tl.minimum(tl.maximum(tl.load(cu_seqlens + s), 0), total) // BLOCK + s
+        return head.to(tl.int64) * 0, head.to(tl.int64), s, tile, q0.to(tl.int64), k0.to(tl.int64), q1 - q0, k1 - k0
 
 
 @triton.jit
@@ -187,7 +191,8 @@ def load_tile(t, stride, n0, N, BLOCK: tl.constexpr, D, BLOCK_D: tl.constexpr, E
     at = t + tl.cast(n0, tl.int64) * stride + (n.to(tl.int64) * stride + d)
     if EDGE:
         return tl.load(at, mask=(n < N - n0) & (d < D), other=0.0)
-    return tl.load(at, mask=d < D, other=0.0)
+    else:
+        return tl.load(at, mask=d < D, other=0.0)
 
 
 @triton.jit
@@ -205,12 +210,13 @@ def dot_over_d(
     """a b^T: (BLOCK_M, BLOCK_N) float32, from the tiles, or where D is beyond 256 from memory in pieces of BLOCK_D."""
     if D <= BLOCK_D:
         return tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
-    s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for d0 in tl.static_range(0, D, BLOCK_D):
-        a_part = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
-        b_part = load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)
-        s = tl.dot(a_part, tl.trans(b_part), s, input_precision=PRECISION)
-    return s
+    else:
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d0 in tl.static_range(0, D, BLOCK_D):
+            a_part = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
+            b_part = load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)
+            s = tl.dot(a_part, tl.trans(b_part), s, input_precision=PRECISION)
+        return s
 
 
 @triton.jit

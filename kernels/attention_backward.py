@@ -18,7 +18,7 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
     """Fills the gradients given; dbias and dsinks may be None. Packed: rows that no sequence covers are left as they are."""
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv, Hk = q.shape[3], v.shape[3], k.shape[1]
-    shape = dict(D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), **options(spec, extras, q, k))
+    shape = dict(D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), **options(spec, q, k))
     chunks = max(triton.cdiv(D, 256), triton.cdiv(Dv, 256), 1)
     common = (extras, *(t.stride()[:3] for t in (do, q, k, v, dq, dk, dv)), *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk)
     batch, more = (1, B) if extras.packed else (B, 0)
@@ -53,7 +53,7 @@ def attention_bwd_dkdv(
     do, q, k, v, lse, delta, dk, dv, extras, sdo, sq, sk, sv, sdq, sdk, sdv, smask, sbias, sslope,
     B, H, Nq, Nk, tiles, scale, left, right, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = max((D + BLOCK_D - 1) // BLOCK_D, (Dv + BLOCK_DV - 1) // BLOCK_DV)
@@ -86,7 +86,7 @@ def attention_bwd_dkdv(
                 dp = dot_over_d(v_tile, v, sv[2], n0, nk, BLOCK_N, do_tile, do_head, sdo[2], m0, nq, BLOCK_M, Dv, BLOCK_DV, PRECISION)
                 rows, cols = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
                 p, dcap, delta_row = probabilities(s, rows[None, :], cols[:, None], rows, lse + at, delta + at, 0,
-                    extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, FLOAT32, SOFTCAP, EDGE)  # (N, M)
+                    extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, EDGE)  # (N, M)
                 dropped = p
                 if DROPOUT:
                     kept = tl.trans(keep(extras, threshold, seq, h, m0, n0, BLOCK_M, BLOCK_N))
@@ -105,7 +105,7 @@ def attention_bwd_dq(
     do, q, k, v, lse, delta, dq, extras, sdo, sq, sk, sv, sdq, sdk, sdv, smask, sbias, sslope,
     B, H, Nq, Nk, tiles, scale, left, right, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -135,7 +135,7 @@ def attention_bwd_dq(
             dp = dot_over_d(do_tile, do, sdo[2], m0, nq, BLOCK_M, v_tile, v, sv[2], n0, nk, BLOCK_N, Dv, BLOCK_DV, PRECISION)
             cols = n0 + tl.arange(0, BLOCK_N)
             p, dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
-                extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, FLOAT32, SOFTCAP, EDGE)  # (M, N)
+                extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, EDGE)  # (M, N)
             if DROPOUT:
                 dp = tl.where(keep(extras, threshold, seq, h, m0, n0, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
             ds = p * (dp - delta_row) * dcap
@@ -146,24 +146,14 @@ def attention_bwd_dq(
 @triton.jit
 def probabilities(
     s, i, j, rows, lse, delta, AXIS: tl.constexpr, extras, smask, sbias, sslope, b, seq, h, nq, nk,
-    scale, left, right, softcap, FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
+    scale, left, right, softcap, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
 ):
     """p = exp(scores - lse), the derivative of softcap, and delta shaped to broadcast along keys (AXIS) of s."""
-    PLAIN: tl.constexpr = not FLOAT32 and not SOFTCAP and extras.bias is None and extras.alibi_slopes is None
-    s, dcap = scores(s, i, j, extras, smask, sbias, sslope, b, seq, h, nq, nk,
-                     scale, left, right, softcap, SOFTCAP, PLAIN, EDGE and not PLAIN)
+    s, dcap = scores(s, i, j, extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, False, EDGE)
     lse = tl.load(lse + rows, mask=rows < nq, other=0.0)
     lse = tl.expand_dims(tl.where(lse == float("-inf"), 0.0, lse), AXIS)  # a row that sees no key
     delta = tl.expand_dims(tl.load(delta + rows, mask=rows < nq, other=0.0), AXIS)
-    if PLAIN:  # one multiply-add, too coarse for float32; masked after exp2, so that a scale below zero or zero is right too
-        p = tl.exp2(s * (scale * LOG2E) - lse * LOG2E)
-        if extras.mask is not None:
-            p = tl.where(s == float("-inf"), 0.0, p)
-        if EDGE:
-            distance = j - i - (nk - nq)
-            p = tl.where((j < nk) & (distance >= -left) & (distance <= right), p, 0.0)
-    else:
-        p = tl.exp2((s - lse) * LOG2E)
+    p = tl.exp2((s - lse) * LOG2E)
     return p, dcap, delta
 
 
@@ -173,7 +163,7 @@ def attention_bwd_dbias(
     extras, sdo, sq, sk, sv, sdq, sdk, sdv, smask, sbias, sslope,
     B, H, Nq, Nk, scale, left, right, softcap, threshold, keep_scale,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """One tile of dbias: ds summed over bias's broadcast dimensions one after another."""
@@ -204,7 +194,7 @@ def attention_bwd_dbias(
                     dp = dot_over_d(do_tile, do_head, sdo[2], m0, Nq, BLOCK_M, v_tile, v_head, sv[2], n0, Nk, BLOCK_N, Dv, BLOCK_DV, PRECISION)
                     cols = n0 + tl.arange(0, BLOCK_N)
                     p, _, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
-                        extras, smask, sbias, sslope, b, b, h, Nq, Nk, scale, left, right, softcap, FLOAT32, SOFTCAP, True)
+                        extras, smask, sbias, sslope, b, b, h, Nq, Nk, scale, left, right, softcap, SOFTCAP, True)
                     if DROPOUT:
                         dp = tl.where(keep(extras, threshold, b, h, m0, n0, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
                     acc += tl.where((rows < Nq)[:, None], p * (dp - delta_row), 0.0)
@@ -230,7 +220,7 @@ def attention_bwd_dsinks(sinks, lse, delta, dsinks, B, H, Nq, BLOCK: tl.constexp
             lse_row = tl.load(lse + at, mask=i < Nq, other=float("inf"))
             delta_row = tl.load(delta + at, mask=i < Nq, other=0.0)
             acc += tl.where(lse_row == float("-inf"), 0.0, tl.exp2((sink - lse_row) * LOG2E) * delta_row)
-    tl.store(dsinks + h, (-tl.sum(acc, 0)).to(dsinks.dtype.element_ty))
+    tl.store(dsinks + h, (-tl.sum(acc, 0)).to(tl.float32).to(dsinks.dtype.element_ty))
 
 
 def rowdot(o, do, delta):

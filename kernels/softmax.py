@@ -14,10 +14,10 @@ ONE_BLOCK = 32768  # columns held at once: 64 registers a thread at 16 warps, in
 WIDE_BLOCK = 8192  # columns a step beyond that
 
 
-def tile(M, N):
+def tile(M, N, one_block=ONE_BLOCK):
     """BLOCK_M, BLOCK_N and num_warps: 4096 elements a program in short rows, so that a warp's loads are full."""
     block_n = max(16, triton.next_power_of_2(N))
-    if block_n > ONE_BLOCK:
+    if block_n > one_block:
         return 1, WIDE_BLOCK, 8
     block_m = min(max(1, 4096 // block_n), triton.next_power_of_2(M))
     return block_m, block_n, min(max(block_m * block_n // 1024, 1), 16)
@@ -120,7 +120,7 @@ def backward(dy, y, spec, extras):
     L0, L1, M, N = y.shape
     if y.numel() == 0:
         return dx, dbias
-    block_m, block_n, num_warps = tile(M, N)
+    block_m, block_n, num_warps = tile(M, N, ONE_BLOCK // 2)  # y and dy: 32768 columns of both spill
     t = torch.empty(L0, L1, M, device=y.device, dtype=torch.float32) if bias is not None else None
     softmax_bwd[(L0 * L1 * triton.cdiv(M, block_m),)](
         dy, y, dx, t, dy.stride(), y.stride(), dx.stride(),

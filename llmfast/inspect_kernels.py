@@ -21,8 +21,8 @@ from typing import NamedTuple
 import torch
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}  # bytes a block may have
-MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}  # the tensor-core instruction
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}  # bytes a block may have
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}  # the tensor-core instruction
 SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -100,34 +100,44 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
     from triton.backends.compiler import GPUTarget
 
     for arch in archs:
-        target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
-        driver = CompileOnly(target)
+        driver = CompileOnly(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
         triton.runtime.driver.set_active(driver)
         for name, run in problems(**choice):
-            driver.launched.clear()
+            driver.forget()
             run()
-            for compiled in driver.launched:
-                if kernel in compiled.name:
-                    yield _read(compiled, name, arch)
+            for found in driver.launched:
+                if kernel in found[0]:
+                    yield _read(*found, name, arch)
 
 
 class CompileOnly:
-    """A Triton driver for a GPU that isn't there: it collects what would be launched."""
+    """A Triton driver for a GPU that isn't there: it collects (name, machine code, metadata) of what would be launched."""
 
     def __init__(self, target):
-        self.target, self.launched = target, []
+        self.target, self.device, self.launched = target, 0, []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 2**30, "multiprocessor_count": 132},
-            load_binary=lambda *_: (0, 0, 0, 0, 1024),
+            load_binary=self._load,
             unload_module=lambda *_: None,
         )
-        self.launcher_cls = lambda source, metadata: lambda *_, **__: None
+
+    def forget(self):
+        """Starts a new list; Triton keeps what it compiled by device, so this is also a new device."""
+        self.device, self.launched = self.device + 1, []
+
+    def launcher_cls(self, source, metadata):
+        self.metadata = metadata
+        return lambda *_, **__: None
+
+    def _load(self, name, binary, shared, device):
+        self.launched.append((name, binary, self.metadata))
+        return 0, 0, 0, 0, 1024
 
     def get_current_target(self):
         return self.target
 
     def get_current_device(self):
-        return 0, len(self.launched), self.target  # Triton keeps what it compiled by device: a new one each time
+        return self.device
 
     def get_current_stream(self, device):
         return 0
@@ -136,27 +146,23 @@ class CompileOnly:
         return torch.device("cpu")
 
 
-def _read(compiled, problem, arch):
+def _read(name, binary, metadata, problem, arch):
     """Registers, spills and instructions from the machine code."""
-    if arch.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))
-        usage, names = (number("vgpr_count"), 4 * number("vgpr_spill_count")), re.findall(r"^\s+([vs]_[a-z0-9]+)", text, re.M)
-    else:
-        folder = os.path.join(os.path.dirname(sys.modules["triton"].__file__), "backends", "nvidia", "bin")
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            dump = lambda flag: subprocess.run([os.path.join(folder, "cuobjdump"), flag, file.name], capture_output=True, text=True, check=True).stdout
-            usage = tuple(map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups()))
-            names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
-    m = compiled.metadata
-    return Compiled(compiled.name, problem, arch, *usage, m.shared, m.num_warps, Counter(names))
+    import triton
+
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        dump = lambda flag: subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups())
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
+    return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, Counter(names))
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="llmfast inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=ARCHS, help="sm_80 ... or gfx942")
+    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS, help="GPU architectures")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))

@@ -25,8 +25,9 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [i for i in items if not i.get_closest_marker("long")]
 
 
-def right_bf16():
-    """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds to nearest."""
+def right_arithmetic():
+    """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds to nearest.
+    Its fma rounds twice."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -52,8 +53,11 @@ def right_bf16():
             return TensorHandle((np.matmul(a.data, b.data, dtype=np.float64) + d.data).astype(np.float32), d.dtype.scalar)
         return dot(self, a, b, d, *rest)
 
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    def create_fma(self, x, y, z):
+        return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(x.data.dtype), x.dtype.scalar)
+
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.create_fma = cast_impl, create_dot, create_fma
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-    right_bf16()
+    right_arithmetic()

@@ -45,8 +45,6 @@ def _attention_supports(q, k, v, spec, extras):
         return reason
     if max(q.shape[-1], v.shape[-1]) > 512:
         return f"head dim {max(q.shape[-1], v.shape[-1])} is over 512"
-    if extras.seqlens_k is not None:
-        return "seqlens_k is not supported yet"
     return None
 
 
@@ -56,6 +54,8 @@ def _rows(t):
 
 
 def _attention_forward(q, k, v, spec, extras, need_lse=True):
+    if extras.seqlens_k is not None:
+        return _attention_decode(q, k, v, spec, extras, need_lse)
     from ..kernels import attention as kernels
 
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -65,6 +65,17 @@ def _attention_forward(q, k, v, spec, extras, need_lse=True):
         o.zero_()
         if need_lse:
             lse.fill_(float("-inf"))
+    with _on(q):
+        kernels.forward(q, k, v, o, lse, spec, extras)
+    return o, lse
+
+
+def _attention_decode(q, k, v, spec, extras, need_lse=True):
+    from ..kernels import decode as kernels
+
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    o = like(q, v.shape[-1])
+    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
     with _on(q):
         kernels.forward(q, k, v, o, lse, spec, extras)
     return o, lse
@@ -90,7 +101,7 @@ def _rowdot(o, do):
     return delta
 
 
-attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, only_named=_only_named)
+attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, _attention_decode, _only_named)
 
 
 def _softmax_supports(x, spec, extras):

@@ -1,0 +1,72 @@
+"""Triton's decode kernel against the reference in float64: lengths, pages, several splits, every option, batch invariance."""
+
+import pytest
+import torch
+from test_attention import DTYPES, device_of
+
+import llmfast
+from llmfast import backends, cases
+
+OPTIONS = {
+    "plain": {},
+    "window": dict(window=40),
+    "not causal": dict(causal=False),
+    "softcap": dict(softcap=3.0),
+    "alibi and sinks": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.02]), sinks=torch.tensor([1.0, -2.0, 0.5, 3.0])),
+    "mask": dict(mask=torch.rand(3, 1, 2, 1500, generator=torch.Generator().manual_seed(1)) > 0.5),
+    "bias": dict(bias=torch.randn(4, 1, 1500, generator=torch.Generator().manual_seed(2))),
+}
+LENGTHS = (1500, 1, 1030)  # two splits, less than the queries, a second split of a few keys
+
+
+def cache(dtype=torch.float32, M=1500):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(3, h, n, 40, generator=g).mul(1.5).to(dtype) for h, n in ((4, 2), (2, M), (2, M))]
+
+
+def skip_unless_it_runs():
+    reason = backends.op("attention", "triton").supports(*(t.to(device_of("triton")) for t in cache()), None, llmfast.Extras())
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_agrees_with_float64(name, dtype):
+    skip_unless_it_runs()
+    device = device_of("triton")
+    q, k, v = (t.to(device) for t in cache(DTYPES[dtype]))
+    options = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in OPTIONS[name].items()}
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    call = lambda backend, *ts: llmfast.attention_decode(*ts, lengths, **options, return_lse=True, backend=backend)
+    (x64, lse64), (math, lse_math) = call("reference", q.double(), k.double(), v.double()), call("reference", q, k, v)
+    for b, n in enumerate(LENGTHS):
+        k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
+    o, lse = call("triton", q, k, v)
+    assert cases.breaks("o", o, x64, [math], cases.C_FORWARD, o.dtype, by_head=False) == []
+    assert cases.breaks("lse", lse, lse64, [lse_math], cases.C_FORWARD, torch.float32, by_head=False) == []
+
+
+def test_pages_and_neighbours_change_no_bit():
+    skip_unless_it_runs()
+    device = device_of("triton")
+    q, k, v = (t.to(device) for t in cache())
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    o = llmfast.attention_decode(q, k, v, lengths, backend="triton")
+    for b in range(3):
+        one = llmfast.attention_decode(*(t[b : b + 1] for t in (q, k, v)), lengths[b : b + 1], backend="triton")
+        assert torch.equal(o[b : b + 1], one)
+    table = torch.randperm(300, generator=torch.Generator().manual_seed(3)).reshape(3, 100).to(torch.int32)
+    paged = lambda t: torch.empty(300, 2, 15, 40).index_put((table.long().flatten(),), t.cpu().unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1))
+    pages = [paged(t).to(device) for t in (k, v)]
+    again = llmfast.attention_decode(q, *pages, lengths, page_table=table.to(device), backend="triton")
+    assert torch.equal(o, again)
+
+
+def test_many_queries_of_a_large_group():
+    """More rows than one tile holds, and a call that has no cache lengths."""
+    skip_unless_it_runs()
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 24, generator=g, device="cpu").to(device_of("triton")) for h, n in ((10, 13), (1, 90), (1, 90)))
+    got = llmfast.attention(q, k, v, causal=True, backend="triton")
+    torch.testing.assert_close(got, llmfast.attention(q, k, v, causal=True, backend="reference"), atol=2e-6, rtol=1e-5)
