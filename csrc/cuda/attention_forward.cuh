@@ -113,7 +113,7 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
 template <int kMma, int kN>
 __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0, int j0) {
   const float scale = p.spec.scale, softcap = p.spec.softcap;
-  const Tensor& slopes = p.extras.alibi_slopes;
+  const Tensor &slopes = p.extras.alibi_slopes, &bias = p.extras.bias;
   float slope = 0.f;
   if (slopes.data) slope = slopes.dim == 2 ? *at<float>(slopes, x.b, x.h) : *at<float>(slopes, x.h);
 #pragma unroll
@@ -126,7 +126,10 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
         float y = s[m][n][e] * scale;
         if (softcap != 0.f) y = softcap * tanhf(y / softcap);
         if (i < x.Nq && j < x.Nk) {
-          if (p.extras.bias.data) y += float_at(p.extras.bias, x.b, x.h, i, j);
+          if (bias.data) {
+            const int64_t at = x.b * bias.stride[0] + x.h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
+            y += float_at(bias.data, bias.dtype, at);
+          }
           if (slopes.data) y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
           if (p.extras.mask.data && !*at<bool>(p.extras.mask, x.b, x.h, i, j)) y = -kInf;
         }
