@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
+from cuda_model import conformance
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
@@ -123,3 +125,17 @@ def test_the_extension_builds_and_imports_without_a_driver():
     said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert re.search(r"no CUDA-capable device|driver", said.stdout)
+
+
+@needs_nvcc
+def test_the_gpu_does_what_the_host_model_says():
+    """Each PTX wrapper bit for bit where there is a GPU; elsewhere the program is compiled, and must notice a changed bit."""
+    want = conformance.model()
+    changed = {**want, "ldmatrix_x4": ("bits", [want["ldmatrix_x4"][1][0] ^ 1, *want["ldmatrix_x4"][1][1:]])}
+    assert len(list(conformance.differences(want, changed))) == 1
+    done = subprocess.run([conformance.compile_for_gpu(nvcc())], capture_output=True, text=True)
+    if not torch.cuda.is_available():
+        assert "no device" in done.stderr
+        pytest.skip("no GPU to compare the host model with")
+    assert done.returncode == 0, done.stderr
+    assert list(conformance.differences(want, conformance.read(done.stdout))) == []
