@@ -17,13 +17,14 @@ struct AttentionForwardArgs {
   bool aligned_o;  // 16-byte stores reach every row of o
 };
 
-// Up to 128: 4 warps of 32 rows, each fragment of k and v read from shared memory serves two mma; at 128 acc is 128 registers, s 64.
-// Beyond: 16 rows a warp and 32 keys keep acc at 128 registers, s at 16, and shared memory under the 99 KiB of sm_120.
-template <int kHeadDim>
+// kMma = 2: 4 warps of 32 rows, each fragment of k and v read from shared memory serves two mma; at 128 acc is 128 registers, s 64,
+// and nothing is left for `adjust`, so the general kernel takes 16 rows a warp from there on. Beyond 128 so do all, with 32 keys: acc
+// is 128 registers, s 16, and shared memory stays under the 99 KiB of sm_120.
+template <int kHeadDim, bool kGeneral>
 struct Tile {
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "a row is a multiple of 64 bytes, and acc fits the registers");
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
-  static constexpr int kMma = kHeadDim <= 128 ? 2 : 1;  // mma row tiles of a warp
+  static constexpr int kMma = kHeadDim <= (kGeneral ? 96 : 128) ? 2 : 1;  // mma row tiles of a warp
   static constexpr int BLOCK_M = 16 * kMma * kWarps, BLOCK_N = kHeadDim <= 128 ? 64 : 32, kRing = 3;
   static constexpr int kChunks = kHeadDim / 8;  // of 16 bytes in a row
   static constexpr int kKeyBytes = BLOCK_N * kHeadDim * 2, kQueryBytes = BLOCK_M * kHeadDim * 2;
@@ -34,10 +35,15 @@ struct Tile {
     return (row * kChunks + (chunk ^ (kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3))) * 16;
   }
 
+  // The address of chunk c + 2 d of a row from that of chunk c = 0 or 1: one xor, so that no table of addresses fills registers.
+  __device__ __forceinline__ static uint32_t advance(uint32_t address, int d) {
+    return kHeadDim % 64 == 0 ? (address ^ (d & 3) << 5) + (d >> 2) * 128 : (address ^ (d & 1) << 5) + (d >> 1) * 64;
+  }
+
   // Starts copying rows [first, first + kRows) of a matrix with `rows` rows of D elements; what lies outside becomes zero.
   template <int kRows, class T>
   __device__ __forceinline__ static void load(uint32_t shared, const T* x, int64_t stride, int first, int rows, int D) {
-#pragma unroll
+#pragma unroll 4
     for (int i = 0; i < kRows * kChunks / kThreads; i++) {
       const int index = i * kThreads + thread_index(), row = index / kChunks, chunk = index % kChunks;
       const int left = (D - chunk * 8) * 2, inside = first + row < rows + (FAULT == 7) && left > 0;
@@ -107,7 +113,7 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
 template <int kMma, int kN>
 __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0, int j0) {
   const float scale = p.spec.scale, softcap = p.spec.softcap;
-  const Tensor& slopes = p.extras.alibi_slopes;
+  const Tensor &slopes = p.extras.alibi_slopes, &bias = p.extras.bias;
   float slope = 0.f;
   if (slopes.data) slope = slopes.dim == 2 ? *at<float>(slopes, x.b, x.h) : *at<float>(slopes, x.h);
 #pragma unroll
@@ -120,7 +126,10 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
         float y = s[m][n][e] * scale;
         if (softcap != 0.f) y = softcap * tanhf(y / softcap);
         if (i < x.Nq && j < x.Nk) {
-          if (p.extras.bias.data) y += float_at(p.extras.bias, x.b, x.h, i, j);
+          if (bias.data) {
+            const int64_t at = x.b * bias.stride[0] + x.h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
+            y += float_at(bias.data, bias.dtype, at);
+          }
           if (slopes.data) y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
           if (p.extras.mask.data && !*at<bool>(p.extras.mask, x.b, x.h, i, j)) y = -kInf;
         }
@@ -130,8 +139,8 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
 
 // kGeneral: an option that `adjust` knows, or a scale that is not positive.
 template <class T, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
-  using Tile = cuda::Tile<kHeadDim>;
+__global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
+  using Tile = cuda::Tile<kHeadDim, kGeneral>;
   constexpr int BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing, kMma = Tile::kMma;
   const AttentionForward& p = a.p;
   const Span x = span_of<BLOCK_M>(a);
@@ -143,10 +152,15 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
   const T* k = at<const T>(p.k, batch, hk, x.k0);
   const T* v = at<const T>(p.v, batch, hk, x.k0);
   const uint32_t q_tile = shared_address(shared_memory()), ring = q_tile + Tile::kQueryBytes;
+  // Where this lane's addresses for ldmatrix begin: rows of q, of k (8 keys, both halves of 16 dims, 8 more keys), of v.
+  const int q_lane = Tile::offset(warp_row + lane % 16, lane / 16);
+  const int k_lane = Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2), v_lane = Tile::offset(lane % 16, lane / 16);
+  constexpr int kRows16 = 16 * Tile::kChunks * 16;  // bytes of 16 rows, after which the swizzle repeats
 
   // Query i sees keys [i + low, i + high), and of those [0, Nk).
-  const int64_t low = x.Nk - x.Nq - p.spec.left, high = x.Nk - x.Nq + p.spec.right + 1;
-  const auto clamped = [&](int64_t j) { return static_cast<int>(j < 0 ? 0 : j < x.Nk ? j : x.Nk); };
+  constexpr int64_t kFar = 1 << 30;  // further than any key: i + low and i + high fit an int
+  const int low = max(-kFar, min(kFar, x.Nk - x.Nq - p.spec.left)), high = max(-kFar, min(kFar, x.Nk - x.Nq + p.spec.right + 1));
+  const auto clamped = [&](int j) { return max(0, min(j, x.Nk)); };
   const int last_row = min(x.m0 + BLOCK_M, x.Nq) - 1;
   const int begin = clamped(x.m0 + low) / BLOCK_N * BLOCK_N, end = clamped(last_row + high);
   const int all_from = clamped(last_row + low), all_to = clamped(x.m0 + high);  // keys that every row of the block sees
@@ -192,12 +206,11 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
     for (int d = 0; d < kHeadDim / 16; d++) {
       uint32_t q_part[kMma][4];
 #pragma unroll
-      for (int i = 0; i < kMma; i++)
-        ldmatrix_x4(q_part[i], q_tile + Tile::offset(warp_row + i * 16 + lane % 16, 2 * d + lane / 16));
+      for (int i = 0; i < kMma; i++) ldmatrix_x4(q_part[i], Tile::advance(q_tile + q_lane, d) + i * kRows16);
 #pragma unroll
       for (int n = 0; n < BLOCK_N / 16; n++) {
         uint32_t k_part[4];
-        ldmatrix_x4(k_part, k_tile + Tile::offset(n * 16 + lane / 16 * 8 + lane % 8, 2 * d + lane / 8 % 2));
+        ldmatrix_x4(k_part, Tile::advance(k_tile + k_lane, d) + n * kRows16);
 #pragma unroll
         for (int i = 0; i < kMma; i++) {
           mma_m16n8k16<T>(s[i][2 * n], q_part[i], k_part[0], k_part[1]);
@@ -256,7 +269,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim>::kThreads) attention_fwd(const 
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; d++) {
         uint32_t v_part[4];
-        ldmatrix_x4_trans(v_part, v_tile + Tile::offset(n * 16 + lane % 16, 2 * d + lane / 16));
+        ldmatrix_x4_trans(v_part, Tile::advance(v_tile + v_lane, d) + n * kRows16);
 #pragma unroll
         for (int i = 0; i < kMma; i++) {
           mma_m16n8k16<T>(acc[i][2 * d], probabilities[i][n], v_part[0], v_part[1]);

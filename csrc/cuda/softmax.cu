@@ -14,7 +14,8 @@ const char* run(const Softmax& a, void* stream) {
   if (N <= 256) return launch(softmax_rows<T, 32, 8, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
   if (N <= 1024) return launch(softmax_rows<T, 32, 32, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
   if (N <= 8192) return launch(softmax_rows<T, 256, 32, kPlain>, rows, 256, kSharedBytes, stream, a);
-  if (N <= 32768) return launch(softmax_rows<T, 1024, 32, kPlain>, rows, 1024, kSharedBytes, stream, a);
+  constexpr int kItems = kPlain ? 32 : 16;  // addresses of mask and bias take the place of 16 values
+  if (N <= 1024 * kItems) return launch(softmax_rows<T, 1024, kItems, kPlain>, rows, 1024, kSharedBytes, stream, a);
   return launch(softmax_long_rows<T, kPlain>, rows, 1024, kSharedBytes, stream, a);
 }
 

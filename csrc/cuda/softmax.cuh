@@ -14,12 +14,19 @@ template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
 
 struct Row {
-  int64_t l0, l1, i, visible;  // columns [0, visible) count unless masked
+  char *x, *y, *mask, *bias;  // first column; mask and bias may be absent
+  int64_t visible;                  // columns [0, visible) count unless masked
 };
 
+template <class T>
 __device__ __forceinline__ Row row_of(const Softmax& a, int64_t index) {
-  const int64_t i = index % a.x.size[2], l = index / a.x.size[2], past = i + a.offset + 1;
-  return {l / a.x.size[1], l % a.x.size[1], i, past < 0 ? 0 : past < a.x.size[3] ? past : a.x.size[3]};
+  const int64_t i = index % a.x.size[2], l = index / a.x.size[2], l0 = l / a.x.size[1], l1 = l % a.x.size[1];
+  const int64_t past = i + a.offset + 1;
+  const auto first = [&](const Tensor& t, int bytes) {
+    return t.data ? t.data + (l0 * t.stride[0] + l1 * t.stride[1] + i * t.stride[2]) * bytes : nullptr;
+  };
+  return {first(a.x, sizeof(T)), first(a.y, sizeof(T)), first(a.mask, 1), first(a.bias, a.bias.dtype == Dtype::kFloat32 ? 4 : 2),
+          past < 0 ? 0 : past < a.x.size[3] ? past : a.x.size[3]};
 }
 
 // scale x + bias, -inf where masked.
@@ -27,8 +34,8 @@ template <bool kExtras>
 __device__ __forceinline__ float score(const Softmax& a, const Row& row, int64_t j, float x) {
   float s = x * static_cast<float>(a.scale);
   if constexpr (kExtras) {
-    if (a.bias.data) s += float_at(a.bias, row.l0, row.l1, row.i, j);
-    if (a.mask.data && !*at<bool>(a.mask, row.l0, row.l1, row.i, j)) s = -kInf;
+    if (row.bias) s += float_at(row.bias, a.bias.dtype, j * a.bias.stride[3]);
+    if (row.mask && !row.mask[j * a.mask.stride[3]]) s = -kInf;
   }
   return s;
 }
@@ -101,9 +108,9 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   static_assert(kItems % C::kWidth == 0, "a thread holds whole vectors");
   const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
   if (index >= a.x.size[0] * a.x.size[1] * a.x.size[2]) return;
-  const Row row = row_of(a, index);
-  const T* x = at<const T>(a.x, row.l0, row.l1, row.i);
-  T* y = at<T>(a.y, row.l0, row.l1, row.i);
+  const Row row = row_of<T>(a, index);
+  const T* x = reinterpret_cast<const T*>(row.x);
+  T* y = reinterpret_cast<T*>(row.y);
   const int64_t N = a.x.size[3];
   const int t = thread_index() % kThreads;
 
@@ -144,9 +151,9 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant__ Softmax a) {
   using C = Columns<T, 1024, kPlain>;
-  const Row row = row_of(a, block_index());
-  const T* x = at<const T>(a.x, row.l0, row.l1, row.i);
-  T* y = at<T>(a.y, row.l0, row.l1, row.i);
+  const Row row = row_of<T>(a, block_index());
+  const T* x = reinterpret_cast<const T*>(row.x);
+  T* y = reinterpret_cast<T*>(row.y);
   const int64_t N = a.x.size[3];
   const int t = thread_index();
 

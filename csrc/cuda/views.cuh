@@ -32,13 +32,11 @@ __device__ __forceinline__ T* at(const Tensor& t, int64_t i0, int64_t i1 = 0, in
   return reinterpret_cast<T*>(t.data) + i0 * t.stride[0] + i1 * t.stride[1] + i2 * t.stride[2] + i3 * t.stride[3];
 }
 
-// An element of a float32, bfloat16 or float16 tensor.
-__device__ __forceinline__ float float_at(const Tensor& t, int64_t i0, int64_t i1, int64_t i2, int64_t i3) {
-  switch (t.dtype) {
-    case Dtype::kBFloat16: return to_float(*at<bf16>(t, i0, i1, i2, i3));
-    case Dtype::kFloat16: return to_float(*at<half>(t, i0, i1, i2, i3));
-    default: return *at<float>(t, i0, i1, i2, i3);
-  }
+// Element i of float32, bfloat16 or float16 numbers.
+__device__ __forceinline__ float float_at(const char* data, Dtype dtype, int64_t i) {
+  if (dtype == Dtype::kFloat32) return reinterpret_cast<const float*>(data)[i];
+  if (dtype == Dtype::kBFloat16) return to_float(reinterpret_cast<const bf16*>(data)[i]);
+  return to_float(reinterpret_cast<const half*>(data)[i]);
 }
 
 }  // namespace llmfast::cuda

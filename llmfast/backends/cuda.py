@@ -53,6 +53,8 @@ def attention_op(refuses, launch) -> Op:
             return f"dtype {str(q.dtype)[6:]} is not float16 or bfloat16"
         if max(q.shape[3], v.shape[3]) > 256:
             return f"head dim {max(q.shape[3], v.shape[3])} is more than 256"
+        if max(q.shape[2], k.shape[2]) > 2**30:
+            return f"{max(q.shape[2], k.shape[2])} rows are more than 2**30"
         if spec.dropout_p:
             return "dropout is not supported"
         return next((f"{name} is not supported" for name in _REFUSED if getattr(extras, name) is not None), None)

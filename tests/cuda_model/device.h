@@ -171,6 +171,8 @@ template <class T>
 T from_float(float x) {
   if constexpr (std::is_same_v<T, float>) {
     return x;
+  } else if (x != x) {
+    return {0x7fff};
   } else if constexpr (std::is_same_v<T, half>) {
     const _Float16 y = static_cast<_Float16>(x);
     T r;
@@ -179,7 +181,6 @@ T from_float(float x) {
   } else {
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    if (x != x) return {0x7fff};
     return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
   }
 }
