@@ -102,6 +102,8 @@ def sources(*patterns):
 if not WANTED or not ISAS.keys() >= set(WANTED):
     raise SystemExit(f"LLMFAST_ISAS: expected some of {' '.join(ISAS)}, got {' '.join(WANTED) or 'none'}")
 cpu = [f"csrc/cpu/{name}.cpp" for name in WANTED]
+if "-fsanitize=thread" in SANITIZE:
+    cpu.append("tests/sanitize/gomp.cpp")  # in place of libgomp, which ThreadSanitizer can't follow
 extensions = [Extension("llmfast._cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/dispatch.cpp", *cpu])]
 if cuda := sources("csrc/cuda/*.cu"):
     extensions.append(Extension("llmfast._cuda", ["csrc/bindings_cuda.cpp", *cuda]))

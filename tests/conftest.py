@@ -1,4 +1,5 @@
 import os
+import random
 from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -12,6 +13,7 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="the long tier: every case in every dtype on every backend")
+    parser.addoption("--sample", type=int, help="only so many of the chosen tests, always the same ones")
 
 
 def pytest_configure(config):
@@ -23,6 +25,13 @@ def pytest_collection_modifyitems(config, items):
         deselected = [i for i in items if i.get_closest_marker("long")]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [i for i in items if not i.get_closest_marker("long")]
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m
+def pytest_collection_finish(session):
+    sample = session.config.getoption("--sample")
+    if sample is not None and sample < len(session.items):
+        session.items[:] = random.Random(0).sample(session.items, sample)
 
 
 def right_arithmetic():

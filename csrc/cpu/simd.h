@@ -30,7 +30,7 @@ typedef uint32_t wvec __attribute__((vector_size(kLanes * 4)));
 typedef double dvec __attribute__((vector_size(kLanes * 4)));
 typedef int64_t lvec __attribute__((vector_size(kLanes * 4)));
 typedef float uvec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t uivec __attribute__((vector_size(kLanes * 4), aligned(4)));
+typedef int32_t uivec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));  // bf16 pairs start at any element
 typedef double udvec __attribute__((vector_size(kLanes * 4), aligned(8)));
 // The vector of a compute type: vec for float, dvec (half the lanes) for double.
 template <class C>

@@ -1,0 +1,100 @@
+"""The CPU tests on builds of csrc with g++'s sanitizers, each in a child process that the first report ends.
+
+Address and undefined behaviour in one build, threads in another: there a small libgomp of our own stands in for the real one,
+whose futexes ThreadSanitizer can't follow (tests/sanitize/gomp.cpp), and code without instrumentation (torch) is ignored.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mutants
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CXX = os.environ.get("CXX", "g++")
+# Every test file that runs kernels of the CPU backend. The others start processes, build, or never reach csrc.
+ELSEWHERE = "benchmarks cuda_model hf install large mutants process reference sanitizers".split()
+# ASan looks for __cxa_throw when it starts, so libstdc++ must be there by then.
+LIBRARIES = {"address,undefined": ["libasan.so", "libstdc++.so.6"], "thread": ["libtsan.so"]}
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps much alive until the end
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 halt_on_error=1 exitcode=66",
+    "OMP_NUM_THREADS": "4",
+}
+
+
+def lacking(checks):
+    """Why this machine can't build with these sanitizers, in the compiler's words."""
+    if shutil.which(CXX) is None:
+        return f"{CXX} was not found"
+    command = [CXX, f"-fsanitize={checks}", "-x", "c++", "-", "-o", os.devnull]
+    found = subprocess.run(command, input="int main() {}", capture_output=True, text=True)
+    return found.stderr.strip() or None if found.returncode else None
+
+
+def build(checks, isas, root=ROOT):
+    """The package with an extension built with sanitizers, in a folder of its own; the path to put first."""
+    if reason := lacking(checks):
+        pytest.skip(reason)
+    folder = root / "build" / checks.partition(",")[0]
+    env = os.environ | {"LLMFAST_CUDA": "0", "LLMFAST_SANITIZE": checks, "LLMFAST_ISAS": " ".join(isas)}
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", f"{folder}-temp", "--build-lib", folder]
+    subprocess.run(command, cwd=root, env=env, check=True, stderr=subprocess.DEVNULL)
+    return folder
+
+
+def run(checks, package, isa, *arguments):
+    """pytest in a child on that build."""
+    where = lambda name: subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    env = os.environ | OPTIONS | {"LLMFAST_ISA": isa, "LD_PRELOAD": " ".join(map(where, LIBRARIES[checks]))}
+    chosen = [str(p) for p in sorted(ROOT.glob("tests/test_*.py")) if p.stem[5:] not in ELSEWHERE]
+    command = [sys.executable, "-P", "-m", "pytest", "-qs", "--tb=short", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
+    command += ["-k", "not triton and not reference and not cuda and not imports_nothing and not info", *chosen, *arguments]
+    return subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def isas():
+    cpu = pytest.importorskip("llmfast._cpu", reason="llmfast._cpu is not built")
+    return cpu.supported().split()
+
+
+def check(child):
+    """Ran to its end without a report; whether the results are right is for the same tests without sanitizers."""
+    assert " passed" in child.stdout, child.stdout[-6000:]
+    assert "Sanitizer" not in child.stdout, child.stdout[-6000:]
+    assert "runtime error" not in child.stdout, child.stdout[-6000:]
+
+
+@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 120), ("thread", 10)])
+def test_sample(checks, sample):
+    best = isas()[:1]
+    check(run(checks, build(checks, best), *best, "--sample", str(sample)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("checks", LIBRARIES)
+@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline"])
+def test_whole_suite(checks, isa):
+    if isa not in isas():
+        pytest.skip(f"this machine does not run {isa}")
+    check(run(checks, build(checks, isas()), isa, "--all"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("checks", "planted", "report"),
+    [
+        ("address,undefined", mutants.SCRATCH_TOO_SMALL, "heap-buffer-overflow"),
+        ("thread", mutants.SCRATCH_SHARED, "data race"),
+    ],
+)
+def test_planted_fault_is_reported(checks, planted, report, tmp_path):
+    mutants.plant(planted, tmp_path)
+    best = isas()[:1]
+    child = run(checks, build(checks, best, tmp_path), *best, "--sample", "40")
+    assert " passed" not in child.stdout
+    assert report in child.stdout, child.stdout[-3000:]
