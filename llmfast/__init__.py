@@ -22,8 +22,10 @@ from .functional import (
     scaled_dot_product_attention,
     softmax,
 )
+from . import flash_attn, nn
 from .environment import info
 from .hf import enable_hf
+from .patch import register_flash, sdpa
 from .spec import AttentionSpec, Extras
 
 __version__ = "0.1.0"
@@ -37,11 +39,15 @@ __all__ = [
     "cross_entropy",
     "enable_hf",
     "explain",
+    "flash_attn",
     "info",
     "linear_cross_entropy",
     "log_softmax",
     "merge_attention",
+    "nn",
+    "register_flash",
     "scaled_dot_product_attention",
+    "sdpa",
     "softmax",
     "use_backend",
 ]

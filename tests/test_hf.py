@@ -77,7 +77,7 @@ IMAGES = {
     "clip": (tr.CLIPVisionModel, tr.CLIPVisionConfig(**PATCHES)),
 }
 ARCHITECTURES = DECODERS | ENCODERS | ENCODER_DECODERS | IMAGES
-SHORT = {"llama", "gemma2", "gpt_oss", "t5", "bert", *random.Random(0).sample(sorted(ARCHITECTURES), 6)}
+SHORT = {"llama", "gemma2", "gpt2", "gpt_oss", "t5", "bert", *random.Random(0).sample(sorted(ARCHITECTURES), 6)}
 GENERATORS = [n for n in ARCHITECTURES if n in DECODERS or n in ("t5", "bart", "marian", "whisper")]
 
 

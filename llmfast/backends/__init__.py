@@ -41,9 +41,14 @@ class Explained(Exception):
     """Raised in place of the kernel while `explain` listens."""
 
 
+class OnlyReference(Exception):
+    """Raised in place of the reference where `instead` names something better."""
+
+
 _forced: ContextVar[str | None] = ContextVar("llmfast_backend", default=None)
 _explaining: ContextVar[bool] = ContextVar("llmfast_explaining", default=False)
-_warned: set[str] = set()
+instead: ContextVar[str | None] = ContextVar("llmfast_instead", default=None)
+_warned: set[tuple[str, str]] = set()
 _ops: dict[tuple[str, str], Op] = {}
 
 
@@ -84,6 +89,8 @@ def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = Fa
             if _why_not(found, inputs, grad, named=False) is None:
                 if backend == "reference":
                     _warn(operation, inputs, grad)
+                    if instead.get():
+                        raise OnlyReference
                 return found
     else:
         found = op(operation, name)
@@ -108,15 +115,28 @@ def _why_not(found: Op, inputs: tuple, grad: bool, named: bool) -> str | None:
 
 def _explain(operation: str, inputs: tuple, name: str | None, grad: bool) -> Explanation:
     reasons = {b: _why_not(op(operation, b), inputs, grad, named=b == name) for b in ORDER}
+    if name is None and instead.get():
+        reasons["reference"] = f"{instead.get()} runs in its place"
     candidates = [name] if name else ORDER
-    return Explanation(operation, next((b for b in candidates if reasons[b] is None), None), reasons)
+    return Explanation(operation, next((b for b in candidates if reasons[b] is None), None if name else instead.get()), reasons)
 
 
 def _warn(operation: str, inputs: tuple, grad: bool) -> None:
     reasons = "; ".join(f"{b}: {_why_not(op(operation, b), inputs, grad, named=False)}" for b in ORDER[:-1])
-    if reasons not in _warned:
-        _warned.add(reasons)
-        warnings.warn(f"{operation} runs on the slow reference ({reasons})", stacklevel=6)
+    _warn_once(operation, instead.get() or "the slow reference", reasons)
+
+
+def _warn_once(operation: str, where: str, why: str) -> None:
+    if (where, why) not in _warned:
+        _warned.add((where, why))
+        warnings.warn(f"{operation} runs on {where} ({why})", stacklevel=7)
+
+
+def elsewhere(operation: str, where: str, why: str) -> None:
+    """Says once that a call leaves the library, or tells `explain`."""
+    if _explaining.get():
+        raise Explained(Explanation(operation, where, dict.fromkeys(ORDER, why)))
+    _warn_once(operation, where, why)
 
 
 @contextmanager
