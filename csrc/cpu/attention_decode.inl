@@ -31,7 +31,7 @@ struct Workspace {
   unit<T>* q;  // (rows, wideD / per)
   C* l;        // (rows, L): sums by lane
   alignas(64) C s[8 * kBlock], alpha[8], tile[kBlock];
-  const T *k[kBlock], *v[kBlock];
+  const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
 };
 
 // A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
@@ -51,7 +51,7 @@ LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
 LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
 LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
 
-// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile.
+// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next block's k.
 template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
   using C = compute<T>;
@@ -92,6 +92,8 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
       LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
   for (int64_t j = 0; j < n; j += kPer) {
     decltype(load(w.q)) v[Z * kPer];
+    LLMFAST_UNROLL for (int y = 0; y < kPer; y++)
+        LLMFAST_UNROLL for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z);
     LLMFAST_UNROLL for (int z = 0; z < Z; z++) {
       const int64_t at = d + z * kStep;
       v[z * kPer] = units<T, kPart>(w.v[j] + at, x.Dv - at);
@@ -230,6 +232,7 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
   for (int64_t j0 = first; j0 < end; j0 += kBlock) {
     const int64_t n = min<int64_t>(kBlock, end - j0);
     for (int64_t j = 0; j < n; j++) w.k[j] = x.k.at(j0 + j), w.v[j] = x.v.at(j0 + j);
+    for (int64_t j = 0; j < kBlock; j++) w.next[j] = x.k.at(min(j0 + kBlock + j, x.seq.Nk - 1));
     int64_t row = 0;
     if constexpr (L >= 8)
       for (; rows - row >= 8; row += 8) block<8>(x, w, p, row, j0, n);
@@ -243,25 +246,26 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
 
 // o and lse of one row from its splits, in key order.
 template <class T, class F>
-void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t splits, compute<T> to_natural, compute<T>* sum, F&& partial) {
+void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t splits, double to_natural, compute<T>* sum,
+           F&& partial) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   const int64_t Dv = a.v.size[3];
   const Tensor& sinks = a.extras.sinks;
   C top = -kInfOf<C>, l = 0;
   for (int64_t t = 0; t < splits; t++) top = max(top, *partial(t).m);
-  C m = top * to_natural, shrink = 1;
+  double m = top * to_natural, shrink = 1;  // natural units, in float64: lse is rounded once
   const C sink = sinks ? element<C>(sinks, h * sinks.stride[0]) : -kInfOf<C>;
   if (sink > m) shrink = exp(m - sink), m = sink;
   memset(sum, 0, Dv * sizeof(C));
   for (int64_t t = 0; t < splits; t++) {
     const Partial<C> p = partial(t);
     if (*p.l == 0) continue;
-    const C factor = exp((*p.m - top) * to_natural) * shrink;
+    const C factor = static_cast<C>(exp((*p.m - top) * to_natural) * shrink);
     l += *p.l * factor;
     for (int64_t d = 0; d < Dv; d += L) store(sum + d, load(sum + d) + load(p.acc + d) * factor);
   }
-  if (sink > -kInfOf<C>) l += exp(sink - m);
+  if (sink > -kInfOf<C>) l += static_cast<C>(exp(sink - m));
   T* o = reinterpret_cast<T*>(a.o.data) + b * a.o.stride[0] + h * a.o.stride[1] + i * a.o.stride[2];
   const C inverse = l == 0 ? C(0) : 1 / l;
   for (int64_t d = 0; d < Dv; d += L) {
@@ -273,7 +277,8 @@ void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t s
     }
   }
   if (a.lse)
-    reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] = l == 0 ? -kInfOf<C> : m + log(l);
+    reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] = 
+        l == 0 ? -kInfOf<C> : static_cast<C>(m + log(static_cast<double>(l)));
 }
 
 template <class T>
@@ -316,7 +321,7 @@ void run(const AttentionForward& a) {
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < B * H * Nq; t++) {
       const int64_t b = t / Nq / H, h = t / Nq % H, i = t % Nq;
-      merge<T>(a, b, h, i, splits, adjusts ? C(1) : static_cast<C>(scale), at,
+      merge<T>(a, b, h, i, splits, adjusts ? 1 : scale, at,
                [&](int64_t n) { return partial((b * Hk + h / group) * splits + n, h % group * Nq + i); });
     }
   }
