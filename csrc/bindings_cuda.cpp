@@ -33,4 +33,13 @@ PYBIND11_MODULE(_cuda, m) {
     }
     raise(error);
   });
+  m.def("softmax_backward", [](py::handle dy, py::handle y, py::handle dx, double scale, bool log, uintptr_t stream) {
+    SoftmaxBackward p{view(dy), view(y), view(dx), Tensor{}, scale, log};
+    const char* error;
+    {
+      py::gil_scoped_release release;
+      error = cuda::softmax_backward(p, reinterpret_cast<void*>(stream));
+    }
+    raise(error);
+  });
 }

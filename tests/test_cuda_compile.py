@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
 SOURCES = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*"))
 SHARED_LIMIT = {"80": 166912, "90a": 232448, "100a": 232448, "120": 101376}  # bytes a block may have
-SPILL_LIMIT = 8  # bytes: two registers outside the loop over keys, at head dim 128
+SPILL_LIMIT = 16  # bytes outside loops: 8 in attention at head dim 128, 16 in softmax of 32768 float32 (64 registers a thread)
 
 
 @cache
@@ -76,7 +76,7 @@ def targets():
 @pytest.mark.parametrize(("file", "arch"), list(targets()))
 def test_registers_and_spills(file, arch):
     found, cubin = compiled(file, arch)
-    assert len(found) == (12 if file.startswith("attention") else 30)
+    assert len(found) == (12 if file.startswith("attention") else 60)
     assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT} == {}
     if file == "softmax":  # 1024 threads share 65536 registers
         assert max(registers for name, (registers, _) in found.items() if "Li1024E" in name or "long" in name) <= 64

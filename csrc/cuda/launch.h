@@ -11,6 +11,9 @@ const char* attention_forward(const AttentionForward& problem, void* stream);
 // float32, float16 or bfloat16, any sizes, the last dimension of x and y contiguous; y may be x.
 const char* softmax_forward(const Softmax& problem, void* stream);
 
+// dx from dy and y of one dtype, the last dimension of all three contiguous; dbias is not looked at.
+const char* softmax_backward(const SoftmaxBackward& problem, void* stream);
+
 // nullptr, or why kernels can't run on this machine.
 const char* unavailable();
 

@@ -45,7 +45,11 @@ __device__ __forceinline__ uint32_t ballot(bool x) { return __ballot_sync(0xffff
 // ---- memory
 
 __device__ __forceinline__ uint4 load_128(const void* p) { return *static_cast<const uint4*>(p); }
-__device__ __forceinline__ void store_128(void* p, uint4 x) { *static_cast<uint4*>(p) = x; }
+// [st.global.v4] One store; from a plain assignment nvcc may make four.
+__device__ __forceinline__ void store_128(void* p, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
+}
 
 // [cp.async] Copies 16 bytes to shared memory, of which those past the first `bytes` become zero; global is read for `bytes` only.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, int bytes) {

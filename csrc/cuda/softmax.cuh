@@ -2,7 +2,8 @@
 //
 // Column j of row i counts when j <= i + offset and the mask is true; hidden entries become 0, or -inf in the logarithm, and so does a
 // row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y written once. Beyond, x is read twice.
-// Every reduction has one order, whatever else is in the batch.
+// Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx = scale ds. y and dy are read once up to N = 16384
+// (8192 unaligned), twice beyond. Every reduction has one order, whatever else is in the batch.
 #pragma once
 #include "views.cuh"
 
@@ -87,11 +88,15 @@ struct Columns {
   }
   __device__ __forceinline__ static void store(T* p, const float (&x)[kWidth]) {
     if constexpr (kAligned) {
-      uint4 bits;
-      T* e = reinterpret_cast<T*>(&bits);
+      uint32_t w[4];  // whole words: from single elements nvcc makes eight stores
 #pragma unroll
-      for (int i = 0; i < kWidth; i++) e[i] = from_float<T>(x[i]);
-      store_128(p, bits);
+      for (int i = 0; i < 4; i++) {
+        if constexpr (kWidth == 4)
+          w[i] = reinterpret_cast<const uint32_t&>(x[i]);
+        else
+          w[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+      }
+      store_128(p, {w[0], w[1], w[2], w[3]});
     } else {
       *p = from_float<T>(x[0]);
     }
@@ -182,6 +187,67 @@ __global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant_
 #pragma unroll
     for (int e = 0; e < C::kWidth; e++) s[e] = a.log ? s[e] - lse : exponential(s[e], m_row) * inverse;
     C::store(y + j, s);
+  }
+}
+
+// What a pair contributes to the sum of its row, and ds from that sum; hidden entries of a logarithm have no gradient.
+__device__ __forceinline__ float term(bool log, float y, float dy) { return log ? (y == -kInf ? 0.f : dy) : y * dy; }
+__device__ __forceinline__ float gradient(bool log, float y, float dy, float sum) {
+  return log ? term(log, y, dy) - exp2_approx(y * kLog2e) * sum : y * (dy - sum);
+}
+
+// As softmax_rows, over dy and y.
+template <class T, int kThreads, int kItems, bool kAligned>
+__global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
+    softmax_bwd_rows(const __grid_constant__ SoftmaxBackward a) {
+  using C = Columns<T, kThreads, kAligned>;
+  constexpr int kGroups = kItems / C::kWidth;
+  const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
+  if (index >= a.y.size[0] * a.y.size[1] * a.y.size[2]) return;
+  const int64_t N = a.y.size[3], i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1], l1 = l % a.y.size[1];
+  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
+  T* dx = at<T>(a.dx, l0, l1, i);
+  const int t = thread_index() % kThreads;
+
+  float ys[kGroups][C::kWidth] = {}, dys[kGroups][C::kWidth] = {}, sum = 0.f;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = C::first(c, t);
+    if (j < N) C::load(ys[c], y + j), C::load(dys[c], dy + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) sum += term(a.log, ys[c][e], dys[c][e]);
+  }
+  if (FAULT != 21) sum = row_sum<kThreads>(sum);
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = C::first(c, t);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) ys[c][e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[c][e], sum);
+    if (j < N + (FAULT == 22)) C::store(dx + j, ys[c]);
+  }
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(1024) softmax_bwd_long_rows(const __grid_constant__ SoftmaxBackward a) {
+  using C = Columns<T, 1024, kAligned>;
+  const int64_t i = block_index() % a.y.size[2], l = block_index() / a.y.size[2], l0 = l / a.y.size[1], l1 = l % a.y.size[1];
+  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
+  T* dx = at<T>(a.dx, l0, l1, i);
+  const int64_t N = a.y.size[3];
+  const int t = thread_index();
+
+  float ys[C::kWidth], dys[C::kWidth], sum = 0.f;
+  for (int64_t c = 0, j; (j = C::first(c, t)) < N; c++) {
+    C::load(ys, y + j), C::load(dys, dy + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) sum += term(a.log, ys[e], dys[e]);
+  }
+  sum = row_sum<1024>(sum);
+  for (int64_t c = 0, j; (j = C::first(c, t)) < N; c++) {
+    C::load(ys, y + j), C::load(dys, dy + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) ys[e] = static_cast<float>(a.scale) * gradient(a.log, ys[e], dys[e], sum);
+    C::store(dx + j, ys);
   }
 }
 

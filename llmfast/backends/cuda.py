@@ -81,16 +81,26 @@ def softmax_op(refuses, launch) -> Op:
             return why
         return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
 
+    row = lambda t: t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
+
     def forward(x, out, spec, extras):
-        row = lambda t: t.stride(3) == 1 or t.shape[3] == 1
-        rows = x if row(x) else x.contiguous()
-        y = out if out is not None and row(out) else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        rows = row(x)
+        y = out if out is not None and row(out) is out else torch.empty_like(rows, memory_format=torch.contiguous_format)
         if extras.bias is not None:
             extras = extras._replace(bias=_narrow(extras.bias))
         launch("softmax_forward", x, rows, y, spec, extras)
         return y if out is None or out is y else out.copy_(y)
 
-    return Op(supports, forward, None)
+    def backward(dy, y, spec, extras):
+        dx = torch.empty_like(y, memory_format=torch.contiguous_format)
+        if extras.bias is None:
+            launch("softmax_backward", y, row(dy), row(y), dx, spec.scale, spec.log)
+            return dx, None
+        ds = torch.empty_like(dx, dtype=torch.float32)  # dbias sums what dx rounds
+        launch("softmax_backward", y, row(dy.float()), row(y.float()), ds, 1.0, spec.log)
+        return dx.copy_(ds * spec.scale), ds.sum_to_size(extras.bias.shape).to(extras.bias.dtype)
+
+    return Op(supports, forward, backward)
 
 
 def _narrow(t):

@@ -90,9 +90,10 @@ __global__ void probe_exchange(const __grid_constant__ Probe p) {
 
 __global__ void probe_memory(const __grid_constant__ Probe p) {
   const uint4 x = load_128(p.in + 4 * thread_index());
-  store_128(shared_memory() + 16 * thread_index(), {x.w, x.z, x.y, x.x});
+  for (int i = 0; i < 4; i++) *words(16 * thread_index() + 4 * i) = p.in[4 * thread_index() + i];
   warp_barrier();
-  store_128(p.out + 4 * thread_index(), load_128(shared_memory() + 16 * (thread_index() ^ 1)));
+  const uint4 y = load_128(shared_memory() + 16 * (thread_index() ^ 1));
+  store_128(p.out + 4 * thread_index(), {x.w ^ y.x, x.z ^ y.y, x.y ^ y.z, x.x ^ y.w});
 }
 
 __global__ void probe_exp2(const __grid_constant__ Probe p) {

@@ -178,10 +178,14 @@ int softmax(int number, bool small) {
   p.scale = maybe(2) ? 1 : 1.5 * normal(), p.offset = maybe(2) ? 1 << 30 : draw(-M, N), p.log = maybe(2);
   if (maybe(3)) p.mask = heap.make(Dtype::kBool, {M, N}, [] { return draw(-1, 3); });
   if (maybe(3)) p.bias = heap.make(Dtype::kFloat32, {N}, normal);
+  const Tensor dy = heap.make(dtype, {p.x.size[0], 2, M, N}, normal, maybe(2), pad);
+  const Tensor dx = heap.make(dtype, {p.x.size[0], 2, M, N}, [] { return kNan; }, maybe(2), pad);
   std::vector<double> x;
   for (int r = 0; r < p.x.size[0] * 2 * M; r++)
     for (int j = 0; j < N; j++) x.push_back(at(p.x, r / M / 2, r / M % 2, r % M, j));
-  if (const char* error = cuda::softmax_forward(p, nullptr)) {
+  const char* error = cuda::softmax_forward(p, nullptr);
+  if (!error) error = cuda::softmax_backward({dy, p.y, dx, Tensor{}, p.scale, p.log}, nullptr);
+  if (error) {
     std::printf("softmax %d: %s\n", number, error);
     return 1;
   }
@@ -199,6 +203,19 @@ int softmax(int number, bool small) {
       const double got = at(p.y, r / M / 2, r / M % 2, r % M, j);
       if (wrong(got, y, eps * (1 + std::fabs(m)) * (std::fabs(y) + (p.log ? 1 : 1.0 / N)))) {  // s is rounded at the size of m
         std::printf("softmax %d: row %d of %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), M, j, N, got, y);
+        return 1;
+      }
+    }
+    double sum = 0, size = 0;  // of the rounded y that the backward reads
+    const auto y = [&](int j) { return at(p.y, r / M / 2, r / M % 2, r % M, j); };
+    const auto g = [&](int j) { return at(dy, r / M / 2, r / M % 2, r % M, j) * !(p.log && y(j) == -kInfinity); };
+    for (int j = 0; j < N; j++) sum += p.log ? g(j) : y(j) * g(j), size += std::fabs(p.log ? g(j) : y(j) * g(j));
+    for (int j = 0; j < N; j++) {
+      const double weight = p.log ? std::exp(y(j)) : y(j), want = p.scale * (p.log ? g(j) - weight * sum : weight * (g(j) - sum));
+      const double got = at(dx, r / M / 2, r / M % 2, r % M, j);
+      const double allowed = eps * (std::fabs(want) + std::fabs(p.scale) * weight * (size + std::fabs(g(j))) * (1 + p.log * 20));
+      if (wrong(got, want, allowed + 1e-7)) {
+        std::printf("softmax %d: dx of row %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), j, N, got, want);
         return 1;
       }
     }
