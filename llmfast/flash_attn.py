@@ -139,6 +139,8 @@ def flash_attn_with_kvcache(
         k_cache[where], v_cache[where] = k, v
         cache_seqlens = cache_seqlens + k.shape[1]
     mask = None
+    if rows is None:
+        k_cache, v_cache = k_cache[:B], v_cache[:B]
     if cache_leftpad is not None:
         mask = (torch.arange(capacity, device=device) >= cache_leftpad[:, None])[:, None, None]  # (B, 1, 1, M)
     found = attention_decode(
