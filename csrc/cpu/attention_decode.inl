@@ -149,7 +149,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   const Extras& e = x.a.extras;
   const int64_t h = x.kv_head * x.group + row / x.seq.Nq, i = row % x.seq.Nq;
   const C scale = static_cast<C>(spec.scale), cap = static_cast<C>(spec.softcap);
-  const C c = static_cast<C>((x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634);
+  const double c = (x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634;
   C* const s = w.s + r * kBlock;
   V y[N];
   LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = load(s + t * L);
@@ -187,9 +187,9 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   C m_new = m;
   LLMFAST_UNROLL for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
   const C base = m_new == -kInfOf<C> ? C(0) : m_new;  // no key yet: 0
-  const V alpha = exp2(splat(m) - base, c);
+  const V alpha = exp2_fine(splat(m) - base, c);
   V l = load(w.l + row * L) * alpha;
-  each([&](V y, int) { return exp2(y - base, c); });
+  each([&](V y, int) { return exp2_fine(y - base, c); });
   LLMFAST_UNROLL for (int t = 0; t < N; t++) l += y[t];
   if constexpr (kPairs<T>) {  // bf16 in key order: the lower half of the row
     LLMFAST_UNROLL for (int t = 0; t < N; t++) storeu(reinterpret_cast<bf16*>(s) + t * L, y[t]);
