@@ -19,10 +19,12 @@ struct Task {
   bool adjusts;
 };
 
-// Partial results of one task: acc (rows, wideDv), m and l (rows).
+// Partial results of one task: acc (rows, wideDv), l and m (rows). The sum l is float64 from the lanes on: lse is rounded once.
 template <class C>
 struct Partial {
-  C *acc, *m, *l;
+  C* acc;
+  double* l;
+  C* m;
 };
 
 template <class T>
@@ -149,7 +151,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   const Extras& e = x.a.extras;
   const int64_t h = x.kv_head * x.group + row / x.seq.Nq, i = row % x.seq.Nq;
   const C scale = static_cast<C>(spec.scale), cap = static_cast<C>(spec.softcap);
-  const C c = static_cast<C>((x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634);
+  const double c = (x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634;
   C* const s = w.s + r * kBlock;
   V y[N];
   LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = load(s + t * L);
@@ -187,9 +189,9 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   C m_new = m;
   LLMFAST_UNROLL for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
   const C base = m_new == -kInfOf<C> ? C(0) : m_new;  // no key yet: 0
-  const V alpha = exp2(splat(m) - base, c);
+  const V alpha = exp2_fine(splat(m) - base, c);
   V l = load(w.l + row * L) * alpha;
-  each([&](V y, int) { return exp2(y - base, c); });
+  each([&](V y, int) { return exp2_fine(y - base, c); });
   LLMFAST_UNROLL for (int t = 0; t < N; t++) l += y[t];
   if constexpr (kPairs<T>) {  // bf16 in key order: the lower half of the row
     LLMFAST_UNROLL for (int t = 0; t < N; t++) storeu(reinterpret_cast<bf16*>(s) + t * L, y[t]);
@@ -241,7 +243,8 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
     for (; rows - row >= 2; row += 2) block<2>(x, w, p, row, j0, n);
     if (row < rows) block<1>(x, w, p, row, j0, n);
   }
-  for (int64_t row = 0; row < rows; row++) p.l[row] = sum(load(w.l + row * L));
+  for (int64_t row = 0; row < rows; row++)
+    for (int lane = 0; lane < L; lane++) p.l[row] += w.l[row * L + lane];
 }
 
 // o and lse of one row from its splits, in key order.
@@ -252,22 +255,23 @@ void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t s
   constexpr int L = kLanesOf<C>;
   const int64_t Dv = a.v.size[3];
   const Tensor& sinks = a.extras.sinks;
-  C top = -kInfOf<C>, l = 0;
+  C top = -kInfOf<C>;
+  double l = 0;
   for (int64_t t = 0; t < splits; t++) top = max(top, *partial(t).m);
-  double m = top * to_natural, shrink = 1;  // natural units, in float64: lse is rounded once
+  double m = top * to_natural, shrink = 1;  // natural units
   const C sink = sinks ? element<C>(sinks, h * sinks.stride[0]) : -kInfOf<C>;
   if (sink > m) shrink = exp(m - sink), m = sink;
   memset(sum, 0, Dv * sizeof(C));
   for (int64_t t = 0; t < splits; t++) {
     const Partial<C> p = partial(t);
     if (*p.l == 0) continue;
-    const C factor = static_cast<C>(exp((*p.m - top) * to_natural) * shrink);
+    const double factor = exp((*p.m - top) * to_natural) * shrink;
     l += *p.l * factor;
-    for (int64_t d = 0; d < Dv; d += L) store(sum + d, load(sum + d) + load(p.acc + d) * factor);
+    for (int64_t d = 0; d < Dv; d += L) store(sum + d, load(sum + d) + load(p.acc + d) * static_cast<C>(factor));
   }
-  if (sink > -kInfOf<C>) l += static_cast<C>(exp(sink - m));
+  if (sink > -kInfOf<C>) l += exp(sink - m);
   T* o = reinterpret_cast<T*>(a.o.data) + b * a.o.stride[0] + h * a.o.stride[1] + i * a.o.stride[2];
-  const C inverse = l == 0 ? C(0) : 1 / l;
+  const C inverse = static_cast<C>(l == 0 ? 0 : 1 / l);
   for (int64_t d = 0; d < Dv; d += L) {
     vec_of<C> y = load(sum + d) * inverse;
     if (Dv - d < L) {
@@ -278,7 +282,7 @@ void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t s
   }
   if (a.lse)
     reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] = 
-        l == 0 ? -kInfOf<C> : static_cast<C>(m + log(static_cast<double>(l)));
+        l == 0 ? -kInfOf<C> : static_cast<C>(m + log(l));
 }
 
 template <class T>
@@ -294,12 +298,13 @@ void run(const AttentionForward& a) {
   int64_t longest = 0;
   for (int64_t b = 0; b < B; b++) longest = max(longest, sequence(a.q, a.k, a.extras, b).Nk);
   const int64_t splits = max<int64_t>(1, (longest + kSplit - 1) / kSplit), tasks = B * Hk * splits;
-  const int64_t stride = rows * (wideDv + L) + (2 * rows + L - 1) / L * L;  // of one task's partial results
+  const int64_t lengths = rows * int64_t(sizeof(double) / sizeof(C)), stride = rows * wideDv + (lengths + rows + 15) / 16 * 16;  // of one task's partial results
   static thread_local Scratch results;
   C* const all = static_cast<C*>(results.bytes(tasks * stride * sizeof(C)));
   auto partial = [&](int64_t task, int64_t row) {
     C* at = all + task * stride;
-    return Partial<C>{at + row * wideDv, at + rows * wideDv + row, at + rows * wideDv + rows + row};
+    C* const ends = at + rows * wideDv;
+    return Partial<C>{at + row * wideDv, reinterpret_cast<double*>(ends) + row, ends + lengths + row};
   };
 #pragma omp parallel if (tasks > 1 && B * Hk * rows * longest * (D + Dv) > 200000)  // 10 us of work pay for the threads
   {
