@@ -104,7 +104,10 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
     write(buffer, n, y, [&](auto v) { return v - m - lse; });
   } else {
     const C l = sum_exp<true>(buffer, n, m), inverse = l == 0 ? C(0) : 1 / l;
-    write(buffer, n, y, [&](auto v) { return v * inverse; });
+    write(buffer, n, y, [&](auto v) {
+      auto q = v * inverse;
+      return q + (v - q * l) * inverse;  // the quotient, correctly rounded but for rare ties
+    });
   }
 }
 
