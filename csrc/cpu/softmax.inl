@@ -104,7 +104,10 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
     write(buffer, n, y, [&](auto v) { return v - m - lse; });
   } else {
     const C l = sum_exp<true>(buffer, n, m), inverse = l == 0 ? C(0) : 1 / l;
-    write(buffer, n, y, [&](auto v) { return v * inverse; });
+    write(buffer, n, y, [&](auto v) {
+      auto q = v * inverse;
+      return q + (v - q * l) * inverse;  // the quotient, correctly rounded but for rare ties
+    });
   }
 }
 
@@ -129,6 +132,14 @@ LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compu
     const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t c = min(kChunk, n - j);
+      if (!p.log && !p.bias && !p.mask) {
+        const C scale = static_cast<C>(p.scale);
+        int64_t e = 0;
+        for (; e + kLanesOf<C> <= c; e += kLanesOf<C>)
+          storeu(y + j + e, exponential<C>(loadu(x + j + e) * scale - m) * inverse);
+        if (e < c) store_part(y + j + e, exponential<C>(load_part(x + j + e, c - e) * scale - m) * inverse, c - e);
+        continue;
+      }
       fill(p, x + j, a, b, i, j, c, false, buffer, other);
       if (p.log) {
         write(buffer, c, y + j, [&](auto v) { return v - m - lse; });
