@@ -63,7 +63,7 @@ TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "atten
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem."""
     from .kernels import attention, attention_backward, decode, softmax
-    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxSpec
+    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
 
     def attend(D, dtype, option):
         q, k, o = (torch.empty(1, h, 256, D, dtype=dtype) for h in (4, 2, 4))
@@ -83,15 +83,17 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         attention_backward.rowdot(o, o, lse)
         attention_backward.backward(o, q, k, k, lse, lse, q, k, k, extras.bias, extras.sinks, spec, extras)
 
-    def soften(N, dtype):
+    def soften(N, dtype, extras=NO_SOFTMAX_EXTRAS):
         x = torch.empty(1, 1, 64, N, dtype=dtype)
-        y = softmax.forward(x, None, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
-        softmax.backward(y, y, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
+        y = softmax.forward(x, None, SoftmaxSpec(), extras)
+        softmax.backward(y, y, SoftmaxSpec(), extras)
 
     for dtype in dtypes:
         for option in options:
             for D in dims:
                 yield f"{dtype} D={D} {option}", lambda D=D, t=DTYPES[dtype], o=option: attend(D, t, o)
+        mask, bias = torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128)
+        yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=SoftmaxExtras(mask, bias): soften(128, t, e)
         for N in (128, 4096, 32768, 100000):
             yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
 

@@ -15,7 +15,8 @@ from llmfast.inspect_kernels import MMA, SHARED, TENSOR_CORE, Compiled
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-SHORT = [("sm_80", 128, "bf16", "causal"), ("sm_90", 64, "bf16", "causal"), ("sm_90", 128, "bf16", "decode")]
+ROOT = Path(__file__).parent.parent
+SHORT = [("sm_80", 128, "bf16", "causal"), ("sm_90", 64, "bf16", "everything"), ("sm_90", 128, "bf16", "decode")]
 LONG = [(a, d, t, o) for a in SHARED for d in (64, 128, 256) for t in ("bf16", "fp32") for o in ("causal", "decode", "packed", "everything")]
 # bytes a thread; dk and dv of 128 columns and the scores of two products are live at once
 SPILLS = {"attention_bwd_dkdv": 192, "attention_bwd_dq": 64}
@@ -28,7 +29,7 @@ def compiled(arch, D, dtype, option):
     command = [sys.executable, "-W", "ignore", "-m", "llmfast.inspect_kernels", "--json", "--arch", arch, "--dim", str(D)]
     done = subprocess.run(
         [*command, "--dtype", dtype, "--option", option],
-        env=environment, capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+        env=environment, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.stdout, done.stderr[-3000:]
     assert "Error" not in done.stderr, done.stderr[-3000:]
@@ -62,3 +63,23 @@ def test_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="compiles nothing"):
         next(inspect_kernels.inspect())
+
+
+def test_new_lengths_and_windows_compile_nothing():
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from llmfast import inspect_kernels
+from llmfast.kernels import attention
+from llmfast.spec import NO_EXTRAS, AttentionSpec
+
+driver = inspect_kernels.CompileOnly(GPUTarget("cuda", 90, 32))
+triton.runtime.driver.set_active(driver)
+for N, left, right, p in ((64, 2**30, 0, 0.0), (1, 1, 16, 0.0), (65, 16, -1, 0.0), (4096, 0, 1, 0.0)):
+    q = torch.empty(2, 2, N, 64, dtype=torch.bfloat16)
+    attention.forward(q, q, q, q, torch.empty(2, 2, N), AttentionSpec(0.1, left, right), NO_EXTRAS)
+print(len(driver.launched))
+"""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "1", done.stdout + done.stderr[-3000:]
