@@ -24,9 +24,45 @@ def target() -> str:
     return f"sm_{found.arch}" if found.backend == "cuda" else found.arch
 
 
+# By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv and dq. Chosen by compiling for each
+# GPU (llmfast inspect): the largest tiles that keep registers (255 a thread) and shared memory within bounds.
+TILES = {
+    "sm_80": {
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 64 x 64 in dkdv spills 216 B
+        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),  # 64 KiB in fwd: two blocks share an SM; dq 128 x 64 spills
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),  # dk and dv alone take 64 registers a thread
+    },
+    "sm_90": {
+        64: ((128, 128, 8, 2), (64, 128, 8, 2), (128, 128, 8, 2)),  # two warp groups of 64 rows
+        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),  # fwd 128 x 128 spills 112 B
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),  # 64 keys in dkdv spill 728 B, so it has no warp-group MMA
+    },
+    "sm_100": {
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
+        256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+    },
+    "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
+        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    },
+    "float32": {  # multiply-adds instead of tensor cores: operands and results all in registers
+        64: ((32, 32, 4, 2),) * 3,
+        128: ((32, 32, 8, 1),) * 3,
+        256: ((16, 16, 8, 1),) * 3,
+    },
+    "interpreter": {256: ((64, 64, 4, 1),) * 3},  # its time goes by the number of tiles
+}
+
+
 def tile(kernel, D, dtype):
-    """BLOCK_M, BLOCK_N, num_warps, num_stages."""
-    return 64, 64, 4, 2
+    """BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv or dq."""
+    arch = target()
+    if arch != "interpreter":
+        arch = "float32" if dtype == torch.float32 else arch if arch in TILES else "small"
+    rows = TILES[arch]
+    return rows[min((d for d in rows if d >= D), default=256)][("fwd", "dkdv", "dq").index(kernel)]
 
 
 def block_d(D):

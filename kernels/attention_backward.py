@@ -39,6 +39,7 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
     if dbias is not None and dbias.numel() > 0:
         Bb, Hb, Mb, Nb = dbias.shape
         block_m, block_n, num_warps, _ = tile("dq", max(D, Dv), q.dtype)
+        block_m, block_n = min(block_m, 64), min(block_n, 64)  # four tiles of scores are live at once
         m_tiles, n_tiles = 1 if Mb == 1 else triton.cdiv(Nq, block_m), 1 if Nb == 1 else triton.cdiv(Nk, block_n)
         attention_bwd_dbias[(Bb * Hb * m_tiles * n_tiles,)](
             do, q, k, v, lse, delta, dbias, dbias.stride(), (Bb, Hb, Mb, Nb), m_tiles, n_tiles, *common, *numbers(spec),
@@ -185,7 +186,7 @@ def attention_bwd_dbias(
                 rows = m0 + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(q_head, sq[2], m0, Nq, BLOCK_M, D, BLOCK_D, True)
                 do_tile = load_tile(do_head, sdo[2], m0, Nq, BLOCK_M, Dv, BLOCK_DV, True)
-                first, _, _, last = band_tiles(m0, tl.minimum(m0 + BLOCK_M, Nq) - 1, Nk - Nq, left, right, Nk, BLOCK_N)
+                first, whole, whole_end, last = band_tiles(m0, tl.minimum(m0 + BLOCK_M, Nq) - 1, Nk - Nq, left, right, Nk, BLOCK_N)
                 for n in range(tl.maximum(n_first, first), tl.minimum(n_end, last)):
                     n0 = n * BLOCK_N
                     k_tile = load_tile(k_head, sk[2], n0, Nk, BLOCK_N, D, BLOCK_D, True)
@@ -193,7 +194,7 @@ def attention_bwd_dbias(
                     s = dot_over_d(q_tile, q_head, sq[2], m0, Nq, BLOCK_M, k_tile, k_head, sk[2], n0, Nk, BLOCK_N, D, BLOCK_D, PRECISION)
                     dp = dot_over_d(do_tile, do_head, sdo[2], m0, Nq, BLOCK_M, v_tile, v_head, sv[2], n0, Nk, BLOCK_N, Dv, BLOCK_DV, PRECISION)
                     cols = n0 + tl.arange(0, BLOCK_N)
-                    p, _, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
+                    p, dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
                         extras, smask, sbias, sslope, b, b, h, Nq, Nk, scale, left, right, softcap, SOFTCAP, True)
                     if DROPOUT:
                         dp = tl.where(keep(extras, threshold, b, h, m0, n0, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)

@@ -8,6 +8,7 @@ without TRITON_INTERPRET, since Triton decides between compiling and interpretin
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -44,8 +45,8 @@ class Compiled(NamedTuple):
         found = []
         if self.shared > SHARED[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED[self.arch]}")
-        if self.kernel in TENSOR_CORE and "fp32" not in self.problem and not self.instructions[MMA[self.arch]]:
-            found.append(f"no {MMA[self.arch]}")
+        if self.kernel in TENSOR_CORE and "fp32" not in self.problem and not any(self.instructions[i] for i in MMA.values()):
+            found.append("no tensor-core instruction")
         return found
 
     def __str__(self) -> str:
@@ -56,13 +57,13 @@ class Compiled(NamedTuple):
         )
 
 
-TENSOR_CORE = ("attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq")
+TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq")
 
 
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem."""
-    from .kernels import attention, attention_backward, softmax
-    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxSpec
+    from .kernels import attention, attention_backward, decode, softmax
+    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
 
     def attend(D, dtype, option):
         q, k, o = (torch.empty(1, h, 256, D, dtype=dtype) for h in (4, 2, 4))
@@ -75,19 +76,24 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         if option == "packed":
             cu_seqlens = torch.empty(3, dtype=torch.int32)
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+        if option == "decode":
+            lengths = torch.empty(1, dtype=torch.int32)
+            return decode.forward(q[:, :, :1], k, k, o[:, :, :1], None, spec, Extras(seqlens_k=lengths, page_table=lengths[:, None]))
         attention.forward(q, k, k, o, lse, spec, extras)
         attention_backward.rowdot(o, o, lse)
         attention_backward.backward(o, q, k, k, lse, lse, q, k, k, extras.bias, extras.sinks, spec, extras)
 
-    def soften(N, dtype):
+    def soften(N, dtype, extras=NO_SOFTMAX_EXTRAS):
         x = torch.empty(1, 1, 64, N, dtype=dtype)
-        y = softmax.forward(x, None, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
-        softmax.backward(y, y, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
+        y = softmax.forward(x, None, SoftmaxSpec(), extras)
+        softmax.backward(y, y, SoftmaxSpec(), extras)
 
     for dtype in dtypes:
         for option in options:
             for D in dims:
                 yield f"{dtype} D={D} {option}", lambda D=D, t=DTYPES[dtype], o=option: attend(D, t, o)
+        mask, bias = torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128)
+        yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=SoftmaxExtras(mask, bias): soften(128, t, e)
         for N in (128, 4096, 32768, 100000):
             yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
 
@@ -166,11 +172,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
-    parser.add_argument("--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed"))
+    parser.add_argument("--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed", "decode"))
+    parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
     faults = 0
     for compiled in inspect(chosen.arch, chosen.kernel, dims=chosen.dim, dtypes=chosen.dtype, options=chosen.option):
-        print(compiled, flush=True)
+        print(json.dumps(compiled) if chosen.json else compiled, flush=True)
         faults += len(compiled.faults())
     sys.exit(faults > 0)
 

@@ -1,0 +1,85 @@
+"""Every Triton kernel compiled for each GPU, without one: it fits shared memory, uses the tensor cores and hardly spills."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from llmfast import inspect_kernels
+from llmfast.inspect_kernels import MMA, SHARED, TENSOR_CORE, Compiled
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+SHORT = [("sm_80", 128, "bf16", "causal"), ("sm_90", 64, "bf16", "everything"), ("sm_90", 128, "bf16", "decode")]
+LONG = [(a, d, t, o) for a in SHARED for d in (64, 128, 256) for t in ("bf16", "fp32") for o in ("causal", "decode", "packed", "everything")]
+# bytes a thread; dk and dv of 128 columns and the scores of two products are live at once
+SPILLS = {"attention_bwd_dkdv": 192, "attention_bwd_dq": 64}
+WITH_OPTIONS = 1024  # all options at once, or float32 at a head dim of 256: right, but not what tiles are chosen for
+
+
+def compiled(arch, D, dtype, option):
+    """In a process of its own: Triton compiles or interprets, decided at import."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "llmfast.inspect_kernels", "--json", "--arch", arch, "--dim", str(D)]
+    done = subprocess.run(
+        [*command, "--dtype", dtype, "--option", option],
+        env=environment, capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.stdout, done.stderr[-3000:]
+    assert "Error" not in done.stderr, done.stderr[-3000:]
+    return [Compiled(*fields[:-1], Counter(fields[-1])) for fields in map(json.loads, done.stdout.splitlines())]
+
+
+@pytest.mark.parametrize(
+    ("arch", "D", "dtype", "option"),
+    [pytest.param(*row, marks=[] if row in SHORT else pytest.mark.long) for row in dict.fromkeys([*SHORT, *LONG])],
+)
+def test_compiles_well(arch, D, dtype, option):
+    found = compiled(arch, D, dtype, option)
+    assert {c.kernel for c in found} & set(TENSOR_CORE)
+    for c in found:
+        assert c.faults() == [], str(c)
+        hard = option == "everything" or (dtype == "fp32" and D == 256)
+        assert c.spills <= (WITH_OPTIONS if hard else SPILLS.get(c.kernel, 16)), str(c)
+        if c.kernel in ("attention_fwd", "attention_bwd_dq") and dtype != "fp32" and D <= 128:
+            assert c.instructions[MMA[arch]], str(c)
+
+
+def test_faults_are_told():
+    good = Compiled("attention_fwd", "bf16 D=64 causal", "sm_90", 168, 0, 65536, 4, Counter(HGMMA=16))
+    assert good.faults() == []
+    assert good._replace(shared=240000).faults() == ["240000 bytes of shared memory, sm_90 has 232448"]
+    assert good._replace(instructions=Counter(FFMA=9)).faults() == ["no tensor-core instruction"]
+    assert good._replace(problem="fp32 D=64 causal", instructions=Counter(FFMA=9)).faults() == []
+
+
+def test_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="compiles nothing"):
+        next(inspect_kernels.inspect())
+
+
+def test_new_lengths_and_windows_compile_nothing():
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from llmfast import inspect_kernels
+from llmfast.kernels import attention
+from llmfast.spec import NO_EXTRAS, AttentionSpec
+
+driver = inspect_kernels.CompileOnly(GPUTarget("cuda", 90, 32))
+triton.runtime.driver.set_active(driver)
+for N, left, right, p in ((64, 2**30, 0, 0.0), (1, 1, 16, 0.0), (65, 16, -1, 0.0), (4096, 0, 1, 0.0)):
+    q = torch.empty(2, 2, N, 64, dtype=torch.bfloat16)
+    attention.forward(q, q, q, q, torch.empty(2, 2, N), AttentionSpec(0.1, left, right), NO_EXTRAS)
+print(len(driver.launched))
+"""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "1", done.stdout + done.stderr[-3000:]
