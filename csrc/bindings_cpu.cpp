@@ -1,4 +1,8 @@
 // pybind11 module llmfast._cpu.
+#include <omp.h>
+#include <pthread.h>
+#include <sys/stat.h>
+
 #include <cmath>
 
 #include "bindings.h"
@@ -9,6 +13,22 @@ using namespace llmfast;
 namespace {
 
 const cpu::Kernels* kernels = cpu::select("");
+
+// A child forked from a process of several threads would wait for ever for the threads of OpenMP's pool, which only the parent
+// has: such a child runs on one thread. Said again before each kernel, because torch sets its number again in the child.
+bool several_threads = false, alone = false;
+void before_fork() {
+  struct stat tasks;  // one link for each thread and two of its own
+  several_threads = stat("/proc/self/task", &tasks) == 0 && tasks.st_nlink > 3;
+}
+void in_child() { alone = alone || several_threads; }
+
+struct Released {  // around every kernel
+  py::gil_scoped_release gil;
+  Released() {
+    if (alone) omp_set_num_threads(1);
+  }
+};
 
 // The commonest call in one step, 4 us instead of 10: attention_fast(q, k, v, causal, scale, gqa) with causal 0, 1 (bottom-right) or
 // 2 (top-left) and scale a float or None. Plain strided CPU tensors of one dtype and matching shapes, no gradient; None when
@@ -46,7 +66,7 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     py::object o = owned(PyObject_CallOneArg(empty_like, args[0]));
     AttentionForward p{q, k, v, view(o), Tensor{}, spec, Extras{}};
     {
-      py::gil_scoped_release release;
+      Released release;
       (Nq <= kDecodeQueries ? kernels->attention_decode : kernels->attention_forward)(p);
     }
     return o.release().ptr();
@@ -64,6 +84,7 @@ PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
+  pthread_atfork(before_fork, nullptr, in_child);
   m.def("supported", &cpu::supported);
   m.def("isa", [] { return kernels->name; });
   m.def("select", [](const std::string& name) {
@@ -77,7 +98,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def(name, [kernel](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
                          const py::tuple& e) {
       AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
-      py::gil_scoped_release release;
+      Released release;
       (kernels->*kernel)(p);
     });
   };
@@ -88,22 +109,22 @@ PYBIND11_MODULE(_cpu, m) {
                                  const py::tuple& s, const py::tuple& e) {
     AttentionBackward p{view(dout), view(q),  view(k),     view(v),      Tensor{},          view(lse), view(delta), view(dq),
                         view(dk),   view(dv), view(dbias), view(dsinks), attention_spec(s), extras(e)};
-    py::gil_scoped_release release;
+    Released release;
     kernels->attention_backward(p);
   });
   m.def("rowdot", [](py::handle o, py::handle dout, py::handle delta) {
     const Tensor x = view(o), y = view(dout), d = view(delta);
-    py::gil_scoped_release release;
+    Released release;
     kernels->rowdot(x, y, d);
   });
   m.def("softmax_forward", [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
     const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};
-    py::gil_scoped_release release;
+    Released release;
     kernels->softmax_forward(p);
   });
   m.def("softmax_backward", [](py::handle dy, py::handle y, py::handle dx, py::handle dbias, double scale, bool log) {
     const SoftmaxBackward p{view(dy), view(y), view(dx), view(dbias), scale, log};
-    py::gil_scoped_release release;
+    Released release;
     kernels->softmax_backward(p);
   });
 }

@@ -1,14 +1,23 @@
-"""Small faults of the kind a person writes, to be planted one at a time in the kernels: the tests must notice each."""
+"""Small faults of the kind a person writes, planted one at a time in the kernels: the tests must notice at least nine in ten.
 
+`python tests/mutants.py [words]` plants those whose file or reason holds the words, and says which the tests noticed.
+"""
+
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
+FWD, BWD, DEC = (f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "decode"))
+SEQ, SIMD, SOFTMAX, TRITON = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl", "kernels/softmax.py"
 
 
 class Mutant(NamedTuple):
-    """A text of one file that occurs once, what stands there instead, and why that is wrong."""
+    """A text that its file holds once, what stands there instead, and why that is wrong."""
 
     path: str
     text: str
@@ -16,20 +25,153 @@ class Mutant(NamedTuple):
     why: str
 
 
-SCRATCH_TOO_SMALL = Mutant("csrc/cpu/simd.h", "size = n)", "(size = n) / 2)", "scratch of half the size")
-SCRATCH_SHARED = Mutant(
-    "csrc/cpu/attention_forward.inl", "static thread_local Scratch", "static Scratch", "threads share one scratch"
-)
+SCRATCH_TOO_SMALL = Mutant(SIMD, "size = n)", "(size = n) / 2)", "scratch of half the size")
+SCRATCH_SHARED = Mutant(FWD, "static thread_local Scratch scratch;", "static Scratch scratch;", "threads share one scratch")
+# fmt: off
+MUTANTS = [Mutant(*row) for row in [
+    # forward
+    (FWD, "for (; n - r >= 4; r += 4) f(", "if (n - r >= 4) f(", "rows of a tile's tail are skipped"),
+    (FWD, "if (r < n) f(r, std::integral_constant<int, 1>{});", "", "the last odd row is forgotten"),
+    (FWD, "if (v1 - v0 == 3) f(v0, std::integral_constant<int, 3>{});", "", "three vectors of queries are forgotten"),
+    (FWD, "store(at, d0 ? load(at) + acc[r][v] : acc[r][v]);", "store(at, acc[r][v]);", "a long head's first chunk is overwritten"),
+    (FWD, "load(o + r * kRows + x * L) * load(alpha + x * L)", "load(o + r * kRows + x * L)", "o is not rescaled"),
+    (FWD, "w.alpha[i] = 1;  // rescaled once", "{}", "o is rescaled once per run"),
+    (FWD, "if (negative) r[i] = -r[i];", "", "the sign of scale is lost"),
+    (FWD, "if (negative) r[i] ^= static_cast<int32_t>(0x80008000);", "if (negative) r[i] ^= static_cast<int32_t>(0x8000);", "one of a pair keeps its sign"),
+    (FWD, "for (int64_t e = 0; e < x.D - d; e++) part[e] = q[e];", "for (int64_t e = 0; e < x.D - d - 1; e++) part[e] = q[e];", "the last head dim of a part is lost"),
+    (FWD, "x.seq.b * t.stride[0] + x.h * t.stride[1] + x.i0 * si + j0 * sj", "x.seq.b * t.stride[0] + x.i0 * si + j0 * sj", "every head reads the first head's mask"),
+    (FWD, "tile[j * kRows + i] = static_cast<C>(to_float(p[i * si + j * sj]));", "tile[j * kRows + i] = static_cast<C>(to_float(p[j * si + i * sj]));", "a mask's strides are swapped"),
+    (FWD, "tanh(y * (1 / cap)) * cap", "tanh(y * (1 / cap))", "the softcap is not multiplied back"),
+    (FWD, "static_cast<C>(x.i0 + x.offset + g * L - j0 - j)) * slope", "static_cast<C>(x.i0 + g * L - j0 - j)) * slope", "ALiBi forgets Nk - Nq"),
+    (FWD, "slopes.dim == 2 ? x.seq.b", "slopes.dim == 1 ? x.seq.b", "slopes by batch are read by head"),
+    (FWD, "clamp(j0 + j - x.a.spec.right - i, -1, L)", "clamp(j0 + j - x.a.spec.right - i - 1, -1, L)", "the mask's right edge is one key late"),
+    (FWD, "clamp(j0 + j + x.a.spec.left - i, -1, L)", "clamp(j0 + j + x.a.spec.left - i - 1, -1, L)", "the window's left edge is one key late"),
+    (FWD, "if (j0 + n - 1 <= i + x.a.spec.right &&", "if (j0 <= i + x.a.spec.right &&", "a strip on the diagonal counts as whole"),
+    (FWD, "(j0 + j) / 4)", "j / 4)", "dropout starts anew in each strip"),
+    (FWD, "wvec{} + static_cast<uint32_t>(x.h), wvec{}", "wvec{}, wvec{}", "dropout is the same in each head"),
+    (FWD, "const int64_t sv = (x.Dv + kStep - 1) / kStep * kStep, sk", "const int64_t sv = (x.D + kStep - 1) / kStep * kStep, sk", "v's row length is taken from D"),
+    (FWD, "part ? parts[1] : b ? b + d : zeros", "part ? parts[1] : b ? b + d : a + d", "a last odd key counts twice"),
+    (FWD, "if (x.D % 2) w.k_copy[j * sk + x.D] = bf16{};", "", "an odd head dim's pair holds garbage"),
+    (FWD, "V m = m_new == -kInfOf<C> ? V{} : m_new;", "V m = m_new;", "a row without keys becomes NaN"),
+    (FWD, "load(w.l + g * L) * alpha + (sum + odd)", "load(w.l + g * L) + (sum + odd)", "l is not rescaled"),
+    (FWD, "load(w.l + g * L) * alpha + (sum + odd)", "load(w.l + g * L) * alpha + sum", "odd keys miss in l"),
+    (FWD, "C inverse = l == 0 ? C(0) : keep / l;", "C inverse = keep / l;", "a row without keys divides by 0"),
+    (FWD, "C inverse = l == 0 ? C(0) : keep / l;", "C inverse = l == 0 ? C(0) : 1 / l;", "what dropout keeps is not scaled up"),
+    (FWD, "l = l * shrink + exp(sink - both)", "l = l + exp(sink - both)", "a large sink does not shrink l"),
+    (FWD, "l == 0 ? -kInfOf<C> : m + log(l);", "l == 0 ? -kInfOf<C> : m;", "lse lacks the logarithm"),
+    (FWD, "store_part(o, r[i], x.Dv - d);", "storeu(o, r[i]);", "a ragged head dim writes into the next row"),
+    (FWD, "last + spec.right + 1);", "last + spec.right);", "the last visible key is lost"),
+    (FWD, "clamp(high / L + 1, v0[t], used)", "clamp(high / L, v0[t], used)", "a window's last vector is skipped"),
+    (FWD, "if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);", "if (x.adjusts) adjust(x, s, w.tile, j, m, 0, 1);", "only the first vector is adjusted"),
+    (FWD, "rows<T>(a.v, a.extras, s, h / group)", "rows<T>(a.v, a.extras, s, h % a.k.size[1])", "heads are grouped the other way for v"),
+    (FWD, "memset(a.o.data + (h * a.o.stride[1]", "memset(a.o.data + (0 * a.o.stride[1]", "packed rows that no sequence covers stay unwritten"),
+    tuple(SCRATCH_SHARED),
+    # backward
+    (BWD, "diagonal - x.a.spec.left, -1, kBlock", "diagonal - x.a.spec.left + 1, -1, kBlock", "the window's left edge is one key late"),
+    (BWD, "x.nk - 1 - v * kLanesOf<C>", "x.nk - v * kLanesOf<C>", "one key past the end counts"),
+    (BWD, "y = load(w.p + at) * scale * (y - w.delta[row + i]);", "y = load(w.p + at) * (y - w.delta[row + i]);", "dS lacks the scale"),
+    (BWD, "y = load(w.p + at) * scale * (y - w.delta[row + i]);", "y = load(w.p + at) * scale * y;", "dS lacks delta"),
+    (BWD, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),
+    (BWD, "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;", "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r)) * slope;", "ALiBi forgets Nk - Nq"),
+    (BWD, "dp = kept == 0 ? vec_of<C>{} : dp * kept;", "", "dP is not dropped"),
+    (BWD, "(x.j0 + j) / 4", "j / 4", "dropout starts anew in each block"),
+    (BWD, "to[j * step] += ds[j];", "to[j * step] = ds[j];", "dbias keeps the last batch only"),
+    (BWD, "*to += sum;", "*to = sum;", "dbias broadcast over keys keeps the last block"),
+    (BWD, "for (int64_t g = 0; g < group; g++)\n      for (int64_t i = first;", "for (int64_t g = 0; g < 1; g++)\n      for (int64_t i = first;", "dk misses the group's other heads"),
+    (BWD, "clamp(j0 + nk - offset + a.spec.left, first, s.Nq)", "clamp(j0 + nk - offset + a.spec.left - kBlock, first, s.Nq)", "a window's last queries are skipped"),
+    (BWD, "if (lse != -kInfOf<C>) sum -=", "sum -=", "a row without keys spoils dsinks"),
+    (BWD, "zero<T>(a.dq), zero<T>(a.dk), zero<T>(a.dv);", "zero<T>(a.dq);", "rows of dk that no sequence covers stay unwritten"),
+    (BWD, "memset(w.dk, 0, nk * wide(D) * sizeof(*w.dk))", "memset(w.dk, 0, nk * D * sizeof(*w.dk))", "dk is not cleared to its padded width"),
+    (BWD, "to[d] += from[d];", "to[d] = from[d];", "dq keeps the last chunk of keys only"),
+    (BWD, "row[d] += row[c * part + d];", "row[d] = row[c * part + d];", "dq shared by threads keeps the last chunk only"),
+    # decode and sequences
+    (DEC, "w.l = at, at += rows * L;", "w.l = at, at += L;", "sums of several rows overlap"),
+    (DEC, "if (d < x.D) step(d, std::true_type{});", "", "the head dim's tail is forgotten"),
+    (DEC, "V l = load(w.l + row * L) * alpha;", "V l = load(w.l + row * L);", "l is not rescaled"),
+    (DEC, "load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r])", "load(acc + r * x.wideDv + d + z * L)", "o is not rescaled"),
+    (DEC, "i + x.offset + spec.right + 1 - j0", "i + x.offset + spec.right - j0", "the diagonal is hidden"),
+    (DEC, "return Partial<C>{at + row * wideDv, at + rows * wideDv + row, at + rows * wideDv + rows + row};", "return Partial<C>{at + row * wideDv, at + rows * wideDv + row, at + rows * wideDv + row};", "m and l of a partial result are one"),
+    (DEC, "load(sum + d) + load(p.acc + d) * factor", "load(sum + d) + load(p.acc + d)", "splits are merged without their maxima"),
+    (DEC, "if (sink > -kInfOf<C>) l +=", "if (sink > m) l +=", "a small sink is forgotten"),
+    (SEQ, "if (e.seqlens_k) s.Nk = clamp(length(e.seqlens_k, b), 0, s.Nk);", "if (e.seqlens_k) s.Nk = length(e.seqlens_k, b);", "a length beyond the cache is believed"),
+    (SEQ, "+ j % size * stride", "+ j * stride", "a key's place in its page is not taken modulo"),
+    (SEQ, "clamp(length(e.cu_seqlens_k, b + 1), s.k0, k.size[2]) - s.k0", "clamp(length(e.cu_seqlens_q, b + 1), s.k0, k.size[2]) - s.k0", "keys take the queries' lengths"),
+    # Triton
+    (TRITON, "(cols[None, :] - rows[:, None] <= offset)", "(cols[None, :] - rows[:, None] < offset)", "the diagonal is hidden"),
+    (TRITON, "m_end = tl.where(shape[2] == 1, M, m_first + 1)", "m_end = tl.where(shape[2] == 1, BLOCK_M, m_first + 1)", "dbias by key sums the first rows only"),
+    (TRITON, "dy_tile - tl.exp(y_tile) * total[:, None] if LOG", "dy_tile - y_tile * total[:, None] if LOG", "log_softmax's gradient takes y for its exponential"),
+    (TRITON, "_ds(y_tile, dy_tile, total, LOG) * scale)\n    else:", "_ds(y_tile, dy_tile, total, LOG))\n    else:", "dx lacks the scale"),
+]]
+# fmt: on
 
 
-def plant(mutant, folder):
-    """A copy of the tree with the fault in it."""
+def faulty(mutant):
+    """The file with the fault in it."""
+    text = (ROOT / mutant.path).read_text()
+    if text.count(mutant.text) != 1:
+        raise ValueError(f"{mutant.path} holds this {text.count(mutant.text)} times, not once: {mutant.text}")
+    return text.replace(mutant.text, mutant.wrong)
+
+
+def copy(folder):
+    """A copy of the tree to plant faults in."""
     for name in ("csrc", "kernels", "llmfast", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    path = folder / mutant.path
-    text = path.read_text()
-    if text.count(mutant.text) != 1:
-        raise ValueError(f"{mutant.path} has {text.count(mutant.text)} times, not once: {mutant.text}")
-    path.write_text(text.replace(mutant.text, mutant.wrong))
+
+
+def plant(mutant, folder):
+    copy(folder)
+    (folder / mutant.path).write_text(faulty(mutant))
+
+
+TESTS = [f"tests/test_{name}.py" for name in ("attention", "softmax", "properties", "large")]
+
+
+def noticed(folder, on_triton, isa):
+    """Whether the tests fail on this tree; what they said."""
+    env = os.environ | {"LLMFAST_CUDA": "0", "LLMFAST_ISAS": isa, "LLMFAST_ISA": isa}
+    if not on_triton:
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=env, check=True)
+    choice = ["-k", "triton", *TESTS[:2]] if on_triton else ["-k", "not triton and not reference and not cuda", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-qx", "--tb=line", "-p", "no:cacheprovider", *choice]
+    try:
+        child = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    except subprocess.TimeoutExpired:
+        return True, "hangs"
+    return child.returncode != 0, child.stdout[-1500:]
+
+
+def survivors(mutants, isa):
+    """The mutants that no test notices, one built after another in one copy of the tree, and a control without any fault."""
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy(folder)
+        setup = folder / "setup.py"
+        setup.write_text(setup.read_text().replace('"-O3 ', '"-O1 '))  # builds in a third of the time
+        for on_triton in {m.path == TRITON for m in mutants}:
+            seen, said = noticed(folder, on_triton, isa)
+            if seen:
+                raise RuntimeError(f"the tests fail without any fault: {said}")
+        for mutant in mutants:
+            path = folder / mutant.path
+            right = path.read_text()
+            path.write_text(faulty(mutant))
+            seen, said = noticed(folder, mutant.path == TRITON, isa)
+            path.write_text(right)
+            print("noticed " if seen else "SURVIVED", mutant.path, "|", mutant.why, "|", (said.splitlines() or [""])[-2:], flush=True)
+            if not seen:
+                found.append(mutant)
+    return found
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    from llmfast import _cpu
+
+    words = " ".join(sys.argv[1:])
+    chosen = [m for m in MUTANTS if words in f"{m.path} {m.why}"]
+    left = survivors(chosen, _cpu.isa())
+    print(f"{len(chosen) - len(left)} of {len(chosen)} noticed")

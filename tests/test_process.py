@@ -1,0 +1,197 @@
+"""What the library does to the process it lives in: memory, threads, the GIL, forks, signals. Each in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("llmfast._cpu", reason="llmfast._cpu is not built")
+ROOT = Path(__file__).parent.parent
+START = """
+import os, signal, sys, threading, time
+import torch
+import llmfast
+import warnings
+warnings.simplefilter("ignore")  # of what still runs on the reference
+torch.manual_seed(0)
+def problem(B, H, N, D=64):
+    return [torch.randn(B, H, N, D) for _ in range(3)]
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+"""
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+
+
+def start(code, **env):
+    command = [sys.executable, "-c", START + textwrap.dedent(code)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, text=True)
+
+
+def run(code, timeout=100, **env):
+    """What a child prints; a child that hangs or fails is a failure."""
+    with start(code, **env) as child:
+        try:
+            said = child.communicate(timeout=timeout)[0]
+        except subprocess.TimeoutExpired:
+            child.kill()
+            pytest.fail(f"hangs: {child.communicate()[0][-2000:]}")
+    assert child.returncode == 0, said[-2000:]
+    return said.strip()
+
+
+@linux
+def test_memory_does_not_grow():
+    """Less than 24 MiB over 240 forward and backward passes of changing shape."""
+    grown = run("""
+        def rss():
+            return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGESIZE")
+        def steps(n):
+            for i in range(n):
+                q, k, v = (t.requires_grad_() for t in problem(1 + i % 2, 2, 128 + 16 * (i % 5)))
+                o, lse = llmfast.attention(q, k, v, causal=i % 3 > 0, return_lse=True)
+                (o.square().sum() + lse.sum()).backward()
+                llmfast.softmax(torch.randn(70, 300 + i % 7, requires_grad=True)).square().sum().backward()
+        steps(40)
+        before = rss()
+        steps(240)
+        print(rss() - before)
+    """)
+    assert int(grown) < 24 * 2**20
+
+
+def test_threads_agree():
+    """8 Python threads that run kernels at the same time get the bits that one alone gets."""
+    said = run("""
+        def work():
+            q, k, v = (t.clone().requires_grad_() for t in inputs)
+            o = llmfast.attention(q, k, v, causal=True)
+            return [o, llmfast.softmax(q[0]), *torch.autograd.grad(o.square().sum(), (q, k, v))]
+        inputs = problem(2, 2, 200)
+        alone, found = work(), []
+        def many():
+            found.extend(work() for _ in range(5))
+        threads = [threading.Thread(target=many) for _ in range(8)]
+        [t.start() for t in threads], [t.join() for t in threads]
+        print(len(found), all(torch.equal(a, b) for one in found for a, b in zip(alone, one)))
+    """)
+    assert said == "40 True"
+
+
+LONG = {
+    "eager": "llmfast.attention(q, k, v)",
+    "lse": "llmfast.attention(q, k, v, return_lse=True)",
+    "softmax": "llmfast.softmax(x)",
+    "backward": "torch.autograd.grad(out.sum(), (g,))",
+}
+
+
+def test_long_kernels_release_the_gil():
+    """Another Python thread goes on while a kernel runs: it wakes every millisecond, and never oversleeps the whole call."""
+    said = run(f"""
+        q, k, v = problem(1, 2, 6000)
+        x = torch.ones(3000, 20000)
+        g = q.clone().requires_grad_()
+        out = llmfast.attention(g, k, v)
+        for call in {list(LONG.values())}:
+            wakes, done = [], threading.Event()
+            def watch():
+                while not done.wait(0.001):
+                    wakes.append(time.perf_counter())
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            time.sleep(0.05)
+            begin = time.perf_counter()
+            eval(call)
+            end = time.perf_counter()
+            done.set(), watcher.join()
+            inside = [begin, *(t for t in wakes if begin < t < end), end]
+            print(end - begin, max(b - a for a, b in zip(inside, inside[1:])))
+    """)
+    for call, line in zip(LONG, said.splitlines(), strict=True):
+        took, longest = map(float, line.split())
+        assert took > 0.01, call
+        assert longest < took / 2, call
+
+
+@linux
+def test_obeys_set_num_threads():
+    said = run("""
+        q = torch.zeros(1, 1, 1, 64).expand(2, 4, 300, 64)
+        for n in (1, 3):
+            before = tasks()
+            torch.set_num_threads(n)
+            llmfast.attention(q, q, q)
+            print(tasks() - before)
+    """)
+    assert said.split() == ["0", "2"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize("used", ["llmfast", pytest.param("torch", marks=pytest.mark.long)])
+def test_fork(used):
+    """A forked child computes the same bits; after threads it does so on one of its own, for the parent's are gone."""
+    said = run(
+        f"""
+        torch.set_num_threads(3)
+        q, k, v = problem(2, 4, 300)
+        if {used!r} == "torch":
+            want = torch.randn(100, 100000).relu()
+        else:
+            want = llmfast.attention(q, k, v)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            got = llmfast.attention(q, k, v)
+            os._exit({used!r} == "llmfast" and not torch.equal(got, want))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), torch.get_num_threads())
+    """
+    )
+    assert said == "0 3"
+
+
+@linux
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_fork_before_use_keeps_its_threads():
+    said = run(
+        """
+        pid = os.fork()
+        if pid == 0:
+            q = torch.zeros(1, 1, 1, 64).expand(2, 4, 300, 64)
+            llmfast.attention(q, q, q)
+            os._exit(tasks() != torch.get_num_threads())
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    """
+    )
+    assert said == "0"
+
+
+def test_processes_start_at_once():
+    children = [start("print(llmfast.attention(*problem(1, 2, 100), causal=True).double().sum().item())") for _ in range(3)]
+    said = [child.communicate(timeout=200)[0] for child in children]
+    assert [child.returncode for child in children] == [0] * 3, said
+    assert len(set(said)) == 1
+
+
+def test_interrupt_during_a_long_call():
+    """Ctrl-C arrives when the kernel returns, as KeyboardInterrupt, and the library goes on working."""
+    child = start("""
+        small = problem(1, 2, 200)
+        want = llmfast.attention(*small)
+        q, k, v = problem(1, 2, 4096)
+        print("ready", flush=True)
+        try:
+            while True:
+                llmfast.attention(q, k, v)
+        except KeyboardInterrupt:
+            print(torch.equal(llmfast.attention(*small), want))
+    """)
+    assert child.stdout.readline() == "ready\n"
+    time.sleep(0.3)
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=100)[0] == "True\n"
+    assert child.returncode == 0
