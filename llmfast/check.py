@@ -1,7 +1,5 @@
 """`python -m llmfast check`: the case table on this machine, and a support table made from what passed."""
 
-import os
-
 import torch
 
 from . import backends, cases
@@ -12,7 +10,7 @@ FEATURES = {  # a row of the support table and the cases that stand for it
     "causal, top-left": ("top-left more keys", "top-left fewer keys"),
     "sliding window": ("window", "causal window", "window pair", "window past keys"),
     "grouped heads (GQA, MQA)": ("grouped heads", "one kv head"),
-    "head dims 16 to 256, any": ("head 16", "odd head", "head 80", "odd wide head", "head 256"),
+    "any head dim to 256": ("head 16", "odd head", "head 80", "odd wide head", "head 256"),
     "Dv != D": ("Dv != D", "Dv > D"),
     "bool mask": ("mask", "mask by row", "padding mask", "nothing visible"),
     "bias and its gradient": ("bias", "bias by head", "bias by key", "bias with -inf"),
@@ -27,11 +25,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def device_of(backend: str) -> str | None:
-    """Where a backend can be tried on this machine; None where it can't be run at all."""
+    """Where a backend can be tried on this machine; None where it needs a GPU that isn't there."""
     if backend in ("cuda", "triton"):
-        if torch.cuda.is_available():
-            return "cuda"
-        return "cpu" if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1" else None
+        return "cuda" if torch.cuda.is_available() else None
     return "cpu"
 
 
