@@ -100,7 +100,9 @@ class _FlashOnCPU:
 def _flash_problem(q, k, is_causal, attn_mask, scale):
     right = q.shape[2] - k.shape[2] if is_causal else OPEN  # top-left
     spec = AttentionSpec(q.shape[3] ** -0.5 if scale is None else scale, right=right)
-    return spec, NO_EXTRAS if attn_mask is None else NO_EXTRAS._replace(bias=attn_mask)
+    if attn_mask is None:
+        return spec, NO_EXTRAS
+    return spec, NO_EXTRAS._replace(bias=attn_mask[(None,) * (4 - attn_mask.dim())])
 
 
 def _flash_forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):

@@ -169,26 +169,24 @@ def test_explain_through_a_module():
     assert found.chosen == "cpu"
 
 
-@pytest.mark.parametrize("kind", ["mha", "encoder"])
-def test_compile(kind):
-    """A module compiled before, inside and used after: each call takes what is in force."""
-    m = module(kind).eval()
-    want = run(kind, m)
+@pytest.mark.parametrize("kind", ["direct", "mha", "encoder"])
+def test_compile(kind, calls):
+    """Compiled before, used inside and after: each call takes what is in force."""
     torch._dynamo.reset()
-    counter = []
-
-    def backend(graph, inputs):
-        counter.append("llmfast" in graph.print_readable(print_output=False))
-        return graph.forward
-
-    compiled = torch.compile(lambda: run(kind, m), backend=backend, fullgraph=True)
+    m = None if kind == "direct" else module(kind).eval()
+    q = torch.randn(1, 4, 9, 8, requires_grad=True)
+    work = (lambda: F.scaled_dot_product_attention(q, q, q)) if m is None else lambda: run(kind, m)
+    want = work()
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
     compiled()
+    assert not calls
     with llmfast.sdpa():
         torch.testing.assert_close(compiled(), want, atol=2e-5, rtol=1e-5)
-        loss = torch.compile(lambda: run(kind, m).square().sum(), backend="aot_eager", fullgraph=True)()
-        loss.backward()
+        compiled().square().sum().backward()
+        traced = len(calls)
+        assert traced
     compiled()
-    assert counter[:2] == [False, True]
+    assert len(calls) == traced
     torch._dynamo.reset()
 
 
