@@ -1,6 +1,6 @@
 """Tokens per second of a GPT-2-sized and a Llama-shaped model (random weights), prefill and decode, end to end.
 
-    python -m benchmarks run models
+python -m benchmarks run models
 """
 
 import os
@@ -41,7 +41,9 @@ def _build(model, dtype, device):
         built = GPT2LMHeadModel(GPT2Config(n_layer=4, n_positions=4096))
     else:
         heads = dict(hidden_size=1024, num_attention_heads=16, num_key_value_heads=4, intermediate_size=2816)
-        built = LlamaForCausalLM(LlamaConfig(vocab_size=32000, num_hidden_layers=4, max_position_embeddings=8192, **heads))
+        built = LlamaForCausalLM(
+            LlamaConfig(vocab_size=32000, num_hidden_layers=4, max_position_embeddings=8192, **heads)
+        )
     return built.to(device, dtype).eval()
 
 

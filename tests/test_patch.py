@@ -146,7 +146,10 @@ def test_unsupported_runs_pytorchs_original(monkeypatch, calls):
         with llmfast.use_backend("reference"):
             llmfast.attention(q, q, q, mask=mask)
     assert torch.equal(got, ORIGINAL(q, q, q, mask))
-    assert ["PyTorch's scaled_dot_product_attention" in str(w.message) and "cpu: is out today" in str(w.message) for w in caught] == [True]
+    assert [
+        "PyTorch's scaled_dot_product_attention" in str(w.message) and "cpu: is out today" in str(w.message)
+        for w in caught
+    ] == [True]
     assert found.chosen == "PyTorch's scaled_dot_product_attention"
     assert found.reasons["cpu"] == "is out today"
     assert "runs in its place" in found.reasons["reference"]
@@ -194,12 +197,21 @@ def flash(*tensors, **options):
     return F.scaled_dot_product_attention(*tensors, **options)
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no registry")
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"attn_mask": torch.ones(9, 11).tril() > 0}], ids=str)
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no registry"
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"attn_mask": torch.ones(9, 11).tril() > 0}],
+    ids=str,
+)
 def test_flash_registry(options):
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-    q, k, v = (torch.randn(2, n, m, 16, requires_grad=True) for n, m in ((4, 9), *((2 if "enable_gqa" in options else 4, 11),) * 2))
+    q, k, v = (
+        torch.randn(2, n, m, 16, requires_grad=True)
+        for n, m in ((4, 9), *((2 if "enable_gqa" in options else 4, 11),) * 2)
+    )
     do = torch.randn(2, 4, 9, 16)
     want = flash(q, k, v, **options)
     grads = torch.autograd.grad(want, (q, k, v), do)
@@ -207,7 +219,9 @@ def test_flash_registry(options):
     activate_flash_attention_impl("llmfast")
     seen, forward = [], backends.op("attention", "cpu").forward
     try:
-        backends._ops["attention", "cpu"] = backends.op("attention", "cpu")._replace(forward=lambda *a: (seen.append(1), forward(*a))[1])
+        backends._ops["attention", "cpu"] = backends.op("attention", "cpu")._replace(
+            forward=lambda *a: (seen.append(1), forward(*a))[1]
+        )
         got = flash(q, k, v, **options)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(got, (q, k, v), do), grads, strict=True):

@@ -55,7 +55,9 @@ def losses(make, implementation):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("make", [gemma2, pytest.param(llama, marks=pytest.mark.long), pytest.param(Encoder, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "make", [gemma2, pytest.param(llama, marks=pytest.mark.long), pytest.param(Encoder, marks=pytest.mark.long)]
+)
 def test_training(make):
     want = losses(make, "eager")
     if make is Encoder:
