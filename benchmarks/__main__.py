@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "encoder")
+FAMILIES = ("attention", "softmax", "encoder", "models")
 HERE = Path(__file__).parent
 
 
@@ -168,7 +168,7 @@ def _time(seconds):
 
 
 def _rate(rate, unit):
-    if unit == "sentences/s":
+    if unit in ("sentences/s", "tokens/s"):
         return f"{rate:.1f} {unit[:4]}/s"
     return f"{rate / 1e12:.1f} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.1f} G{unit}"
 

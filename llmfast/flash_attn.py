@@ -58,7 +58,9 @@ def flash_attn_varlen_func(
     if block_table is not None:
         k, v = _gather(k, v, cu_seqlens_k, block_table)
     options = _options(dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs)
-    found = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options)
+    found = attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, **options
+    )
     return (*found, None) if return_attn_probs else found
 
 
@@ -70,7 +72,9 @@ def flash_attn_varlen_kvpacked_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:  # fmt: skip
     """flash_attn_varlen_func with kv (Tk, 2, Hk, D), read in place."""
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
-    return flash_attn_varlen_func(q, *_unpack(kv, "kv", 4, 2), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options)
+    return flash_attn_varlen_func(
+        q, *_unpack(kv, "kv", 4, 2), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, *options
+    )
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -110,7 +114,7 @@ def flash_attn_with_kvcache(
 
     >>> o = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
     """
-    B, Nq, device = q.shape[0], q.shape[1], q.device
+    B, device = q.shape[0], q.device
     if block_table is not None and (cache_batch_idx is not None or cache_leftpad is not None):
         raise ValueError("block_table: a paged cache takes neither cache_batch_idx nor cache_leftpad")
     if (k is None) != (v is None):
@@ -121,7 +125,9 @@ def flash_attn_with_kvcache(
         raise ValueError("cache_seqlens: says where in the cache k and v go, got None")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if not isinstance(cache_seqlens, Tensor):
-        cache_seqlens = torch.full((B,), capacity if cache_seqlens is None else cache_seqlens, dtype=torch.int32, device=device)
+        cache_seqlens = torch.full(
+            (B,), capacity if cache_seqlens is None else cache_seqlens, dtype=torch.int32, device=device
+        )
     if rotary_cos is not None:
         moving = causal or tuple(window_size) != (-1, -1)
         q = _rotate(q, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, moving)
@@ -162,7 +168,9 @@ def _window(window_size):
 
 def _unpack(packed, name, dims, count):
     if packed.dim() != dims or packed.shape[-3] != count:
-        raise ValueError(f"{name}: expected {dims} dimensions (..., {count}, heads, D), got shape {tuple(packed.shape)}")
+        raise ValueError(
+            f"{name}: expected {dims} dimensions (..., {count}, heads, D), got shape {tuple(packed.shape)}"
+        )
     return packed.unbind(-3)
 
 

@@ -63,7 +63,12 @@ def attention_forward(
         position_bias = position_bias[..., :Nk]
         bias = position_bias if bias is None else bias + position_bias
     options |= dict(causal=causal, window=sliding_window if causal else None, mask=mask, bias=bias)
-    o = attention(query, key, value, dropout_p=dropout, **options)
+    H, Hk = query.shape[1], key.shape[1]
+    if Nq == 1 and Hk != H and mask is bias is s_aux is options["window"] is None and not dropout:
+        rows = query.reshape(-1, Hk, H // Hk, query.shape[3])  # the heads of a group share keys: read them once
+        o = attention(rows, key, value, scale=scaling, softcap=softcap or 0.0).reshape(-1, H, 1, value.shape[3])
+    else:
+        o = attention(query, key, value, dropout_p=dropout, **options)
     weights = attention_weights(query, key, **options).to(query.dtype) if _wants_weights(kwargs) else None
     return o.transpose(1, 2).contiguous(), weights
 
@@ -100,7 +105,11 @@ def attention_mask(*args, local_size: int | None = None, config=None, **kwargs) 
 
     chunked = getattr(config, "attention_chunk_size", None) is not None
     if local_size is not None and not chunked and local_size == getattr(config, "sliding_window", None):
-        if kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling() and _tells_window(type(config)):
+        if (
+            kwargs.get("allow_is_causal_skip", True)
+            and not torch.compiler.is_compiling()
+            and _tells_window(type(config))
+        ):
             local_size = None
     return sdpa_mask(*args, local_size=local_size, config=config, **kwargs)
 
@@ -109,5 +118,9 @@ def attention_mask(*args, local_size: int | None = None, config=None, **kwargs) 
 def _tells_window(config: type) -> bool:
     """Whether the model of this configuration passes sliding_window on: Mistral does, Qwen2-MoE only builds the mask."""
     modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
-    calls = [] if modeling is None else re.findall(r"\battention_interface\((.*?)\n\s*\*\*kwargs", inspect.getsource(modeling), re.DOTALL)
+    calls = (
+        []
+        if modeling is None
+        else re.findall(r"\battention_interface\((.*?)\n\s*\*\*kwargs", inspect.getsource(modeling), re.DOTALL)
+    )
     return bool(calls) and all("sliding_window=" in call for call in calls)

@@ -76,7 +76,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             if x.is_nested:
                 raise ValueError(f"{name}: nested tensors are not supported; use llmfast.attention_varlen")
             if x.dim() not in (2, 3) or x.dim() != query.dim() or x.shape[-1] != width:
-                raise ValueError(f"{name}: expected (..., {width}) with {query.dim()} dimensions, 2 or 3, got {tuple(x.shape)}")
+                raise ValueError(
+                    f"{name}: expected (..., {width}) with {query.dim()} dimensions, 2 or 3, got {tuple(x.shape)}"
+                )
         return query.dim() == 3
 
     def _project(self, query, key, value):
@@ -99,7 +101,9 @@ class MultiheadAttention(nn.MultiheadAttention):
             (hidden if padding.dtype is torch.bool else bias).append(padding.reshape(B, 1, 1, S))
         if attn_mask is not None:
             if tuple(attn_mask.shape) not in ((N, S), (B * self.num_heads, N, S)):
-                raise ValueError(f"attn_mask: expected ({N}, {S}) or ({B * self.num_heads}, {N}, {S}), got {tuple(attn_mask.shape)}")
+                raise ValueError(
+                    f"attn_mask: expected ({N}, {S}) or ({B * self.num_heads}, {N}, {S}), got {tuple(attn_mask.shape)}"
+                )
             lead = (1, 1) if attn_mask.dim() == 2 else (B, self.num_heads)
             (hidden if attn_mask.dtype is torch.bool else bias).append(attn_mask.reshape(*lead, N, S))
         mask = None if not hidden else ~(hidden[0] | hidden[1] if len(hidden) == 2 else hidden[0])

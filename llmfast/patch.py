@@ -47,7 +47,9 @@ def sdpa() -> Iterator[None]:
                 torch.backends.mha.set_fastpath_enabled(_fastpath)
 
 
-def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """llmfast.scaled_dot_product_attention, or PyTorch's where only the reference is left."""
     given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if torch.compiler.is_compiling():
@@ -79,7 +81,9 @@ def register_flash(name: str = "llmfast") -> None:
     """
     register = getattr(torch.nn.attention, "register_flash_attention_impl", None)
     if register is None:
-        raise NotImplementedError(f"torch {torch.__version__} has no registry of flash attention: use `with llmfast.sdpa()`")
+        raise NotImplementedError(
+            f"torch {torch.__version__} has no registry of flash attention: use `with llmfast.sdpa()`"
+        )
     register(name, register_fn=_FlashOnCPU)
 
 
@@ -91,7 +95,9 @@ class _FlashOnCPU:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "overriding a previously registered kernel": that is the purpose
             self.library.impl("_scaled_dot_product_flash_attention_for_cpu", _flash_forward, allow_override=True)
-            self.library.impl("_scaled_dot_product_flash_attention_for_cpu_backward", _flash_backward, allow_override=True)
+            self.library.impl(
+                "_scaled_dot_product_flash_attention_for_cpu_backward", _flash_backward, allow_override=True
+            )
 
     def remove(self):
         self.library._destroy()
@@ -100,7 +106,9 @@ class _FlashOnCPU:
 def _flash_problem(q, k, is_causal, attn_mask, scale):
     right = q.shape[2] - k.shape[2] if is_causal else OPEN  # top-left
     spec = AttentionSpec(q.shape[3] ** -0.5 if scale is None else scale, right=right)
-    return spec, NO_EXTRAS if attn_mask is None else NO_EXTRAS._replace(bias=attn_mask)
+    if attn_mask is None:
+        return spec, NO_EXTRAS
+    return spec, NO_EXTRAS._replace(bias=attn_mask[(None,) * (4 - attn_mask.dim())])
 
 
 def _flash_forward(q, k, v, dropout_p=0.0, is_causal=False, *, attn_mask=None, scale=None):

@@ -62,7 +62,9 @@ def test_dense(options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_packed(options):
     q, kv = leaves = tensors((B, NQ, H, D), (B, NK, 2, HK, D))
-    same_gradients(fa.flash_attn_kvpacked_func(q, kv, **options), definition(q, kv[:, :, 0], kv[:, :, 1], **options)[0], leaves)
+    same_gradients(
+        fa.flash_attn_kvpacked_func(q, kv, **options), definition(q, kv[:, :, 0], kv[:, :, 1], **options)[0], leaves
+    )
     (qkv,) = leaves = tensors((B, NQ, 3, H, D))
     o, want = fa.flash_attn_qkvpacked_func(qkv, **options), definition(*qkv.unbind(2), **options)[0]
     close(o, want)
@@ -135,16 +137,23 @@ def rotate(x, positions, cos, sin, interleaved):
 
 @pytest.mark.parametrize("rotary", [None, "interleaved", "halves"])
 @pytest.mark.parametrize("layout", ["rows", "indexed", "leftpad", "pages"])
-@pytest.mark.parametrize("options", [{}, dict(causal=True), dict(causal=True, window_size=(3, 0)), dict(softcap=3.0)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(causal=True), dict(causal=True, window_size=(3, 0)), dict(softcap=3.0)], ids=str
+)
 def test_kvcache(options, layout, rotary):
     """New keys go into the cache in place; what lies behind them is NaN and never read."""
     rows, M, new, lengths = 3, 16, 2, torch.tensor([5, 9], dtype=torch.int32)
-    q, k, v, old_k, old_v = (t.detach() for t in tensors((B, new, H, D), (B, new, HK, D), (B, new, HK, D), (B, M, HK, D), (B, M, HK, D)))
+    q, k, v, old_k, old_v = (
+        t.detach() for t in tensors((B, new, H, D), (B, new, HK, D), (B, new, HK, D), (B, M, HK, D), (B, M, HK, D))
+    )
     given, start = dict(cache_seqlens=lengths), torch.zeros(B, dtype=torch.int32)
     index = torch.tensor([2, 0]) if layout == "indexed" else torch.arange(B)
     cache = torch.full((2, rows, M, HK, D), float("nan"))
     for b in range(B):
-        cache[0, index[b], : lengths[b]], cache[1, index[b], : lengths[b]] = old_k[b, : lengths[b]], old_v[b, : lengths[b]]
+        cache[0, index[b], : lengths[b]], cache[1, index[b], : lengths[b]] = (
+            old_k[b, : lengths[b]],
+            old_v[b, : lengths[b]],
+        )
     if layout == "indexed":
         given["cache_batch_idx"] = index.to(torch.int32)
     if layout == "leftpad":
@@ -192,7 +201,10 @@ def test_refuses():
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q), "k, v: give both"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q, q), "cache_seqlens: says where"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, rotary_cos=cos, rotary_sin=cos), "rotary_cos: needs k and v"),
-        (lambda: fa.flash_attn_with_kvcache(q, q, q, block_table=table, cache_leftpad=table[:, 0]), "block_table: a paged cache"),
+        (
+            lambda: fa.flash_attn_with_kvcache(q, q, q, block_table=table, cache_leftpad=table[:, 0]),
+            "block_table: a paged cache",
+        ),
     ]
     for call, message in bad:
         with pytest.raises(ValueError, match=message):

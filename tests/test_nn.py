@@ -56,7 +56,9 @@ MASKS = {
     "heads": lambda: dict(attn_mask=torch.randn(B * H, N, S)),
     "padding": lambda: dict(key_padding_mask=torch.arange(S) >= torch.tensor([[S], [4]])),
     "float padding": lambda: dict(key_padding_mask=torch.randn(B, S)),
-    "both": lambda: dict(attn_mask=torch.rand(B * H, N, S) > 0.8, key_padding_mask=torch.arange(S) >= torch.tensor([[S], [4]])),
+    "both": lambda: dict(
+        attn_mask=torch.rand(B * H, N, S) > 0.8, key_padding_mask=torch.arange(S) >= torch.tensor([[S], [4]])
+    ),
     "both float": lambda: dict(attn_mask=torch.randn(N, S), key_padding_mask=torch.randn(B, S)),
 }
 
@@ -188,7 +190,10 @@ BAD = [
     (lambda m, q, k, v: m(q, k, v, key_padding_mask=torch.ones(B, N) > 0), "key_padding_mask: expected .2, 9."),
     (lambda m, q, k, v: m(q, k, v, attn_mask=torch.ones(S, N) > 0), "attn_mask: expected .7, 9. or .8, 7, 9."),
     (lambda m, q, k, v: m(torch.nested.nested_tensor([q[0]]), k, v), "query: nested"),
-    (lambda m, q, k, v: pair(add_zero_attn=True)[0](q, k, v, is_causal=True), "is_causal: with bias_k or add_zero_attn"),
+    (
+        lambda m, q, k, v: pair(add_zero_attn=True)[0](q, k, v, is_causal=True),
+        "is_causal: with bias_k or add_zero_attn",
+    ),
 ]
 
 

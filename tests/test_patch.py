@@ -146,7 +146,10 @@ def test_unsupported_runs_pytorchs_original(monkeypatch, calls):
         with llmfast.use_backend("reference"):
             llmfast.attention(q, q, q, mask=mask)
     assert torch.equal(got, ORIGINAL(q, q, q, mask))
-    assert ["PyTorch's scaled_dot_product_attention" in str(w.message) and "cpu: is out today" in str(w.message) for w in caught] == [True]
+    assert [
+        "PyTorch's scaled_dot_product_attention" in str(w.message) and "cpu: is out today" in str(w.message)
+        for w in caught
+    ] == [True]
     assert found.chosen == "PyTorch's scaled_dot_product_attention"
     assert found.reasons["cpu"] == "is out today"
     assert "runs in its place" in found.reasons["reference"]
@@ -169,26 +172,24 @@ def test_explain_through_a_module():
     assert found.chosen == "cpu"
 
 
-@pytest.mark.parametrize("kind", ["mha", "encoder"])
-def test_compile(kind):
-    """A module compiled before, inside and used after: each call takes what is in force."""
-    m = module(kind).eval()
-    want = run(kind, m)
+@pytest.mark.parametrize("kind", ["direct", "mha", "encoder"])
+def test_compile(kind, calls):
+    """Compiled before, used inside and after: each call takes what is in force."""
     torch._dynamo.reset()
-    counter = []
-
-    def backend(graph, inputs):
-        counter.append("llmfast" in graph.print_readable(print_output=False))
-        return graph.forward
-
-    compiled = torch.compile(lambda: run(kind, m), backend=backend, fullgraph=True)
+    m = None if kind == "direct" else module(kind).eval()
+    q = torch.randn(1, 4, 9, 8, requires_grad=True)
+    work = (lambda: F.scaled_dot_product_attention(q, q, q)) if m is None else lambda: run(kind, m)
+    want = work()
+    compiled = torch.compile(work, backend="aot_eager", fullgraph=True)
     compiled()
+    assert not calls
     with llmfast.sdpa():
         torch.testing.assert_close(compiled(), want, atol=2e-5, rtol=1e-5)
-        loss = torch.compile(lambda: run(kind, m).square().sum(), backend="aot_eager", fullgraph=True)()
-        loss.backward()
+        compiled().square().sum().backward()
+        traced = len(calls)
+        assert traced
     compiled()
-    assert counter[:2] == [False, True]
+    assert len(calls) == traced
     torch._dynamo.reset()
 
 
@@ -196,12 +197,21 @@ def flash(*tensors, **options):
     return F.scaled_dot_product_attention(*tensors, **options)
 
 
-@pytest.mark.skipif(not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no registry")
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"attn_mask": torch.ones(9, 11).tril() > 0}], ids=str)
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "register_flash_attention_impl"), reason="this torch has no registry"
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"scale": 0.3}, {"enable_gqa": True}, {"attn_mask": torch.ones(9, 11).tril() > 0}],
+    ids=str,
+)
 def test_flash_registry(options):
     from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
 
-    q, k, v = (torch.randn(2, n, m, 16, requires_grad=True) for n, m in ((4, 9), *((2 if "enable_gqa" in options else 4, 11),) * 2))
+    q, k, v = (
+        torch.randn(2, n, m, 16, requires_grad=True)
+        for n, m in ((4, 9), *((2 if "enable_gqa" in options else 4, 11),) * 2)
+    )
     do = torch.randn(2, 4, 9, 16)
     want = flash(q, k, v, **options)
     grads = torch.autograd.grad(want, (q, k, v), do)
@@ -209,7 +219,9 @@ def test_flash_registry(options):
     activate_flash_attention_impl("llmfast")
     seen, forward = [], backends.op("attention", "cpu").forward
     try:
-        backends._ops["attention", "cpu"] = backends.op("attention", "cpu")._replace(forward=lambda *a: (seen.append(1), forward(*a))[1])
+        backends._ops["attention", "cpu"] = backends.op("attention", "cpu")._replace(
+            forward=lambda *a: (seen.append(1), forward(*a))[1]
+        )
         got = flash(q, k, v, **options)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
         for a, b in zip(torch.autograd.grad(got, (q, k, v), do), grads, strict=True):
