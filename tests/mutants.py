@@ -26,7 +26,9 @@ class Mutant(NamedTuple):
 
 
 SCRATCH_TOO_SMALL = Mutant(SIMD, "size = n)", "(size = n) / 2)", "scratch of half the size")
-SCRATCH_SHARED = Mutant(FWD, "static thread_local Scratch scratch;", "static Scratch scratch;", "threads share one scratch")
+SCRATCH_SHARED = Mutant(
+    FWD, "static thread_local Scratch scratch;", "static Scratch scratch;", "threads share one scratch"
+)
 # fmt: off
 MUTANTS = [Mutant(*row) for row in [
     # forward
@@ -116,7 +118,9 @@ def faulty(mutant):
 def copy(folder):
     """A copy of the tree to plant faults in."""
     for name in ("csrc", "kernels", "llmfast", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True)
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"), dirs_exist_ok=True
+        )
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
 
