@@ -87,7 +87,7 @@ def check(child):
     assert "runtime error" not in child.stdout, child.stdout[-6000:]
 
 
-@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 120), ("thread", 10)])
+@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 40), ("thread", 10)])
 def test_sample(checks, sample):
     best = isas()[:1]
     check(run(checks, build(checks, best), *best, "--sample", str(sample)))
