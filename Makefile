@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
 
-.PHONY: bench test test-all bench-gpu test-gpu build lint clean
+.PHONY: bench test test-all sanitize mutants bench-gpu test-gpu build lint clean
 
 bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
@@ -20,6 +20,13 @@ test: build
 
 test-all: build
 	$(PY) -m pytest -q --all $(ARGS)
+
+# the kernels under g++'s sanitizers; faults planted in them one at a time (ARGS= words of their file or reason)
+sanitize: build
+	$(PY) -m pytest -q --all tests/test_sanitizers.py $(ARGS)
+
+mutants: build
+	$(PY) tests/mutants.py $(ARGS)
 
 bench-gpu:
 	LLMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace

@@ -72,7 +72,9 @@ def test_decode_cache_past_32_bits():
     assert torch.equal(llmfast.attention_decode(q, *far, lengths, backend="cpu"), want)
 
 
-@pytest.mark.parametrize("heads", [(70_000, 1), pytest.param((1, 70_000), marks=long), pytest.param((350, 200), marks=long)], ids=str)
+@pytest.mark.parametrize(
+    "heads", [(70_000, 1), pytest.param((1, 70_000), marks=long), pytest.param((350, 200), marks=long)], ids=str
+)
 def test_70000_heads(heads):
     q, k, v = (torch.randn(*heads, 3, 8, requires_grad=True) for _ in range(3))
     o = llmfast.attention(q, k, v, causal=True, backend="cpu")

@@ -171,7 +171,9 @@ def test_fork_before_use_keeps_its_threads():
 
 
 def test_processes_start_at_once():
-    children = [start("print(llmfast.attention(*problem(1, 2, 100), causal=True).double().sum().item())") for _ in range(3)]
+    children = [
+        start("print(llmfast.attention(*problem(1, 2, 100), causal=True).double().sum().item())") for _ in range(3)
+    ]
     said = [child.communicate(timeout=200)[0] for child in children]
     assert [child.returncode for child in children] == [0] * 3, said
     assert len(set(said)) == 1

@@ -49,11 +49,29 @@ def build(checks, isas, root=ROOT):
 
 def run(checks, package, isa, *arguments):
     """pytest in a child on that build."""
-    where = lambda name: subprocess.run([CXX, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    where = lambda name: subprocess.run(
+        [CXX, f"-print-file-name={name}"], capture_output=True, text=True
+    ).stdout.strip()
     env = os.environ | OPTIONS | {"LLMFAST_ISA": isa, "LD_PRELOAD": " ".join(map(where, LIBRARIES[checks]))}
     chosen = [str(p) for p in sorted(ROOT.glob("tests/test_*.py")) if p.stem[5:] not in ELSEWHERE]
-    command = [sys.executable, "-P", "-m", "pytest", "-qs", "--tb=short", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
-    command += ["-k", "not triton and not reference and not cuda and not imports_nothing and not info", *chosen, *arguments]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-qs",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        f"pythonpath={package}",
+    ]
+    command += [
+        "-k",
+        "not triton and not reference and not cuda and not imports_nothing and not info",
+        *chosen,
+        *arguments,
+    ]
     return subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -69,7 +87,7 @@ def check(child):
     assert "runtime error" not in child.stdout, child.stdout[-6000:]
 
 
-@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 120), ("thread", 10)])
+@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 40), ("thread", 10)])
 def test_sample(checks, sample):
     best = isas()[:1]
     check(run(checks, build(checks, best), *best, "--sample", str(sample)))
