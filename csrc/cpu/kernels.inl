@@ -3,8 +3,8 @@
 
 #include "cpu/sequence.inl"
 
-#include "cpu/attention_decode.inl"
 #include "cpu/attention_forward.inl"
+#include "cpu/attention_decode.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/softmax.inl"
 #include "cpu/peak.inl"
