@@ -60,14 +60,14 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
     if (H != Hk && args[5] != Py_True) Py_RETURN_NONE;
     if (args[4] != Py_None && !PyFloat_CheckExact(args[4])) Py_RETURN_NONE;
     const double scale = args[4] == Py_None ? 1 / std::sqrt(static_cast<double>(D)) : PyFloat_AS_DOUBLE(args[4]);
-    const int64_t open = int64_t{1} << 30, kDecodeQueries = 16;  // OPEN of llmfast/spec.py, DECODE_QUERIES of llmfast/ops.py
+    const int64_t open = int64_t{1} << 30;  // OPEN of llmfast/spec.py
     const long causal = PyLong_AsLong(args[3]);
     const AttentionSpec spec{scale, open, causal == 0 ? open : causal == 1 ? 0 : Nq - Nk, 0, 0};
     py::object o = owned(PyObject_CallOneArg(empty_like, args[0]));
     AttentionForward p{q, k, v, view(o), Tensor{}, spec, Extras{}};
     {
       Released release;
-      (Nq <= kDecodeQueries ? kernels->attention_decode : kernels->attention_forward)(p);
+      kernels->attention_decode(p);
     }
     return o.release().ptr();
   } catch (py::error_already_set& e) {

@@ -4,8 +4,8 @@ One row is one way a kernel can go wrong. It is part of the package so that `llm
 
 The rule, for each (batch, head) of a result x, against float64, with n elements:
     max|x - x64| <= c max|math - x64| + eps max|x64|
-    rms(x - x64) <= c rms(math - x64) + floor rms(x64),   floor = max(eps / 8, eps / (2 sqrt(n)))
-c is 2 for o and lse, 3 for gradients. The floor is what storing a few elements may cost by itself: half an eps for one. math is
+    rms(x - x64) <= c rms(math - x64) + floor rms(x64),   floor = eps max(1 / 8, 1 / sqrt(n))
+c is 2 for o and lse, 3 for gradients. In one element the two lines say the same, in many the second is the stricter. math is
 the worse of PyTorch's MATH attention and the reference in the same dtype (both float32 inside, rounded once; in a head of a few
 elements it is chance which of the two errs less), and the reference alone where MATH lacks the feature. In float64 math is the
 reference's float32 error times 2^-28: as much smaller as float64 is finer, twice, since x64 is rounded as much as x.
@@ -293,7 +293,7 @@ def breaks(name, x, x64, yards, c, dtype, by_head=True) -> list[str]:
     worst = lambda t: t.abs().amax(-1)
     rms = lambda t: t.square().mean(-1).sqrt()
     found = []
-    rms_floor = max(eps / 8, eps / 2 / x.shape[1] ** 0.5)
+    rms_floor = max(eps / 8, eps / x.shape[1] ** 0.5)
     for what, size, floor in (("max", worst, eps), ("rms", rms, rms_floor)):
         error = size(x - x64)
         bound = c * torch.stack([size(y - x64) for y in yards]).amax(0) + floor * size(x64)
@@ -371,7 +371,7 @@ def run_softmax(x, options, dy, backend):
 
 
 def softmax_disagreements(x, options, dy, got) -> list[str]:
-    """Where a softmax result breaks the rule against float64; the yardstick is the reference in the same dtype."""
+    """Where a softmax result breaks the rule against float64; the yardsticks are the reference and PyTorch in the same dtype."""
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
     dy = torch.zeros_like(x) if dy is None else dy
     truth = run_softmax(wide(x), {n: wide(t) for n, t in options.items()}, wide(dy), "reference")
@@ -380,7 +380,12 @@ def softmax_disagreements(x, options, dy, got) -> list[str]:
         single = lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t
         narrow = run_softmax(x.float(), {n: single(t) for n, t in options.items()}, dy.float(), "reference")
         math = {n: torch.where(t.isfinite(), t + (narrow[n].double() - t) * 2.0**-28, t) for n, t in truth.items()}
+    yards = [math]
+    if x.dtype != torch.float64 and x.numel() and options.keys() <= {"dim", "log", "scale"}:
+        leaf = x.detach().requires_grad_()
+        y = (torch.log_softmax if options.get("log") else torch.softmax)(leaf * options.get("scale", 1.0), options.get("dim", -1))
+        yards.append({"y": y.detach(), "dx": torch.autograd.grad(y, leaf, dy)[0]})
     found = [f"{n} is {t.dtype}" for n, t in got.items() if t.dtype != x.dtype]
     for name, t in got.items():
-        found += breaks(name, t, truth[name], [math[name]], C_FORWARD if name == "y" else C_GRADIENT, x.dtype, by_head=False)
+        found += breaks(name, t, truth[name], [yard[name] for yard in yards], C_FORWARD if name == "y" else C_GRADIENT, x.dtype, by_head=False)
     return found

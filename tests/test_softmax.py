@@ -38,7 +38,8 @@ def test_properties(backend):
     assert (p[~mask] == 0).all()
     y = llmfast.softmax(x, backend=backend)
     torch.testing.assert_close(llmfast.softmax(x + 5, backend=backend), y, atol=1e-6, rtol=2e-5)
-    assert torch.equal(y.argsort(-1), x.argsort(-1))
+    rising = y.gather(-1, x.argsort(-1))
+    assert (rising.diff() >= -1e-6 * rising[:, 1:]).all()
 
 
 @pytest.mark.parametrize("backend", backends.ORDER)

@@ -11,7 +11,7 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_bwd {
 
-using attention_fwd::kChunk, attention_fwd::tiles, attention_fwd::vectors;
+using attention_fwd::chunk, attention_fwd::tiles, attention_fwd::vectors;
 
 constexpr int kBlock = 64, kStrip = 16, kStrips = kBlock / kStrip;
 constexpr int64_t kChunkKeys = 512, kMaxChunks = 16;  // adding a chunk's dQ costs about 1 % of what computes it
@@ -367,11 +367,11 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
     w.lse[i] = lse[i * x.a.lse.stride[2]], w.delta[i] = delta[i * x.a.delta.stride[2]];
     if (w.lse[i] == -kInfOf<C>) w.lse[i] = kInfOf<C>;  // no key seen: P = 0
   }
-  const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer;
+  const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer, step = chunk<C>(x.seq.Nq);
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     int64_t d = 0;
-    for (; d + kChunk<C> < units; d += kChunk<C>) scores<kSum>(x, w, run, qs, w.kt, w.p, d, kChunk<C>);
+    for (; d + step < units; d += step) scores<kSum>(x, w, run, qs, w.kt, w.p, d, step);
     if (adjusts) {
       scores<kSum>(x, w, run, qs, w.kt, w.p, d, units - d);
       weights(x, w, run);

@@ -334,8 +334,9 @@ void run(const AttentionForward& a) {
 
 }  // namespace attention_dec
 
+// Without gradient only: the backward sums a score in the forward's order.
 void attention_decode(const AttentionForward& a) {
-  if (a.q.size[2] > 8) return attention_forward(a);  // from 9 queries on its 64-row tiles are faster, whatever Nk and the group
+  if (a.q.size[2] > kDecodeQueries) return attention_forward(a);
   switch (a.q.dtype) {
     case Dtype::kFloat32: return attention_dec::run<float>(a);
     case Dtype::kBFloat16: return attention_dec::run<bf16>(a);

@@ -7,7 +7,7 @@ namespace llmfast::cpu {
 struct Kernels {
   const char* name;
   void (*attention_forward)(const AttentionForward&);
-  void (*attention_decode)(const AttentionForward&);
+  void (*attention_decode)(const AttentionForward&);  // without gradient; any number of queries
   double (*peak)(Dtype);
   void (*attention_backward)(const AttentionBackward&);
   void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);

@@ -77,7 +77,10 @@ LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
       sums[k] += y;
       if constexpr (kKeep) store(buffer + e + k * L, y);
     }
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  const vec_of<C> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  double total = 0;  // each rounding of the sum errs in every element of the row
+  for (int lane = 0; lane < L; lane++) total += all[lane];
+  return static_cast<C>(total);
 }
 
 // y = f(buffer)
