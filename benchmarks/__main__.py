@@ -113,7 +113,16 @@ def checked(console, device) -> bool:
     return True
 
 
-COLUMNS = (("", 15), ("median", 9), ("IQR", 5), ("wall", 10), ("rate", 14), ("peak", 6), ("ratio", 8), ("error", 9))  # 78 wide
+COLUMNS = (
+    ("", 15),
+    ("median", 9),
+    ("IQR", 5),
+    ("wall", 10),
+    ("rate", 14),
+    ("peak", 6),
+    ("ratio", 8),
+    ("error", 9),
+)  # 78 wide
 
 
 def line(*cells):
@@ -149,7 +158,14 @@ def measured(module, family, shape, chosen, peaks, console):
     rows = []
     for (name, _), t in zip(calls.items(), timings, strict=True):
         row = {"family": family, "case": str(shape), "shape": shape._asdict(), "provider": name, "seconds": t.median}
-        row |= {"low": t.low, "high": t.high, "wall": t.wall, "loaded": t.loaded, "rate": amount / t.median, "unit": unit}
+        row |= {
+            "low": t.low,
+            "high": t.high,
+            "wall": t.wall,
+            "loaded": t.loaded,
+            "rate": amount / t.median,
+            "unit": unit,
+        }
         row |= {"share": amount / t.median / peak if peak else None, "ratio": base / t.median, "error": errors[name]}
         rows.append(row)
         wall = "" if t.wall is None else f"{_time(t.wall)}{'*' if t.loaded else ' '}"
@@ -164,7 +180,13 @@ def measured(module, family, shape, chosen, peaks, console):
 
 
 def _time(seconds):
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms" if seconds < 1 else f"{seconds:.2f} s"
+    return (
+        f"{seconds * 1e6:.1f} us"
+        if seconds < 1e-3
+        else f"{seconds * 1e3:.2f} ms"
+        if seconds < 1
+        else f"{seconds:.2f} s"
+    )
 
 
 def _rate(rate, unit):
@@ -202,7 +224,11 @@ def describe(chosen) -> dict:
     git = lambda *a: subprocess.run(["git", *a], cwd=HERE, capture_output=True, text=True).stdout.strip()
     commit = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
     found = llmfast.info()
-    machine = found["gpu"]["name"] if chosen.device == "cuda" else f"{found['cpu']}, {os.cpu_count()} cores, {found.get('instruction set')}"
+    machine = (
+        found["gpu"]["name"]
+        if chosen.device == "cuda"
+        else f"{found['cpu']}, {os.cpu_count()} cores, {found.get('instruction set')}"
+    )
     return {
         "commit": commit,
         "machine": machine,
@@ -221,7 +247,8 @@ def compare(chosen) -> int:
     """0 when no row of llmfast is slower than allowed, as a ratio to its baseline in the same run."""
     allowed = float(chosen.fail.rstrip("%")) / 100
     before, after = (
-        {(r["case"], r["provider"]): r for r in json.loads(p.read_text())["rows"] if "ratio" in r} for p in (chosen.before, chosen.after)
+        {(r["case"], r["provider"]): r for r in json.loads(p.read_text())["rows"] if "ratio" in r}
+        for p in (chosen.before, chosen.after)
     )
     table = Table("case", "provider", "before", "after", "change")
     slower = 0
@@ -230,7 +257,13 @@ def compare(chosen) -> int:
             continue
         change = after[key]["ratio"] / before[key]["ratio"] - 1
         slower += change < -allowed
-        table.add_row(*key, f"{before[key]['ratio']:.2f}x", f"{after[key]['ratio']:.2f}x", f"{change:+.1%}", style="red" if change < -allowed else "")
+        table.add_row(
+            *key,
+            f"{before[key]['ratio']:.2f}x",
+            f"{after[key]['ratio']:.2f}x",
+            f"{change:+.1%}",
+            style="red" if change < -allowed else "",
+        )
     Console().print(table)
     print(f"{slower} rows slower by more than {allowed:.0%}; {len(before.keys() ^ after.keys())} rows in one run only")
     return int(slower > 0)

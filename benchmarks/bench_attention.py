@@ -1,7 +1,7 @@
 """Attention, forward and backward, across sequence lengths.
 
-    python -m benchmarks run attention              the table, interleaved
-    pytest benchmarks/bench_attention.py -k 'N512 and causal'     the same providers through pytest-benchmark
+python -m benchmarks run attention              the table, interleaved
+pytest benchmarks/bench_attention.py -k 'N512 and causal'     the same providers through pytest-benchmark
 """
 
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Shape(NamedTuple):
     backward: bool
 
     def __str__(self):
-        heads = f"{self.H}" if self.H == self.Hk else f"{self.H}/{self.Hk}"
+        heads = f"{self.H}" if self.Hk == self.H else f"{self.H}/{self.Hk}"
         way = "backward" if self.backward else "forward"
         return f"{way} {self.dtype} B{self.B} H{heads} N{self.N} D{self.D} {'causal' if self.causal else 'full'}"
 

@@ -66,7 +66,9 @@ def tokens(shape):
     if folder():
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(folder())(texts, padding=True, truncation=True, max_length=512, return_tensors="pt")
+        return AutoTokenizer.from_pretrained(folder())(
+            texts, padding=True, truncation=True, max_length=512, return_tensors="pt"
+        )
     lengths = torch.tensor([len(t.split()) for t in texts])
     g = torch.Generator().manual_seed(0)
     mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()

@@ -1,7 +1,7 @@
 """Softmax across row lengths, into a fresh output and into a given one.
 
-    python -m benchmarks run softmax
-    pytest benchmarks/bench_softmax.py -k 50257
+python -m benchmarks run softmax
+pytest benchmarks/bench_softmax.py -k 50257
 """
 
 from typing import NamedTuple

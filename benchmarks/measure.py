@@ -22,7 +22,9 @@ class Timing(NamedTuple):
     loaded: bool
 
 
-def interleave(contenders: Sequence[Callable], device: str = "cpu", budget: float = 0.3, threads: int = 1) -> list[Timing]:
+def interleave(
+    contenders: Sequence[Callable], device: str = "cpu", budget: float = 0.3, threads: int = 1
+) -> list[Timing]:
     """Times each callable, one call of each in turn, until the budget in seconds is spent; at least 5 rounds."""
     if device == "cuda":
         return _interleave_cuda(contenders, budget)

@@ -31,7 +31,16 @@ def draw(run: dict, path) -> None:
         for (provider, dtype), points in series.items():
             x, y = zip(*sorted(points), strict=True)
             dashed = provider == "naive"
-            axis.plot(x, y, "--" if dashed else "o-", color=COLOURS.get(dtype), lw=1 if dashed else 2, ms=4, label=f"{provider} {dtype}", alpha=0.6 if dashed else 1)
+            axis.plot(
+                x,
+                y,
+                "--" if dashed else "o-",
+                color=COLOURS.get(dtype),
+                lw=1 if dashed else 2,
+                ms=4,
+                label=f"{provider} {dtype}",
+                alpha=0.6 if dashed else 1,
+            )
         axis.axhline(1, color="black", lw=1)
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted({n for p in series.values() for n, _ in p}))
@@ -47,7 +56,9 @@ def draw(run: dict, path) -> None:
         axis.set_ylabel("times PyTorch's speed")
     e = run["environment"]
     way = "CUDA events" if e["device"] == "cuda" else "one-thread CPU time"
-    figure.suptitle(f"llmfast {e['commit']} against torch {e['torch']} on {e['machine']} ({way}, {e['time'][:10]})", fontsize=10)
+    figure.suptitle(
+        f"llmfast {e['commit']} against torch {e['torch']} on {e['machine']} ({way}, {e['time'][:10]})", fontsize=10
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

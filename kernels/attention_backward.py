@@ -10,7 +10,20 @@ import triton
 import triton.language as tl
 
 from .attention import (
-    LOG2E, band_tiles, block_d, dot_over_d, keep, load_tile, locate, numbers, options, scores, sizes, store_tile, strides, tile,
+    LOG2E,
+    band_tiles,
+    block_d,
+    dot_over_d,
+    keep,
+    load_tile,
+    locate,
+    numbers,
+    options,
+    scores,
+    sizes,
+    store_tile,
+    strides,
+    tile,
 )  # fmt: skip
 
 

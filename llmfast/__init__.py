@@ -9,7 +9,9 @@ _checkout = Path(__file__).parent.parent
 if (_checkout / "csrc").is_dir():  # kernels/ sits beside this package in a checkout, inside it in a wheel
     __path__.append(str(_checkout))
 
+from . import flash_attn, nn
 from .backends import explain, use_backend
+from .environment import info
 from .functional import (
     attention,
     attention_decode,
@@ -22,8 +24,6 @@ from .functional import (
     scaled_dot_product_attention,
     softmax,
 )
-from . import flash_attn, nn
-from .environment import info
 from .hf import enable_hf
 from .patch import register_flash, sdpa
 from .spec import AttentionSpec, Extras

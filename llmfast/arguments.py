@@ -49,7 +49,9 @@ def qkv(q, k, v, names=("q", "k", "v"), paged=False):
     """Shapes, dtypes and devices of q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv): H, Nq, Nk."""
     for name, t in zip(names, (q, k, v), strict=True):
         if tensor(t, name).dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, sequence, head dim), got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{name}: expected 4 dimensions (batch, heads, sequence, head dim), got shape {tuple(t.shape)}"
+            )
     (B, H, Nq, D), (Bk, Hk, Nk, Dk), dtype = q.shape, k.shape, q.dtype
     if v.shape[:3] != (Bk, Hk, Nk):
         raise ValueError(f"{names[2]}: expected shape {(Bk, Hk, Nk, 'Dv')} to match {names[1]}, got {tuple(v.shape)}")
@@ -57,14 +59,16 @@ def qkv(q, k, v, names=("q", "k", "v"), paged=False):
         raise ValueError(f"{names[1]}: expected batch {B} as in {names[0]}, got shape {tuple(k.shape)}")
     if Dk != D:
         raise ValueError(f"{names[1]}: expected head dim {D} as in {names[0]}, got shape {tuple(k.shape)}")
-    if H != Hk and (Hk == 0 or H % Hk):
+    if Hk != H and (Hk == 0 or H % Hk):
         raise ValueError(f"{names[1]}: its heads must divide {names[0]}'s, got {Hk} and {H}")
     if k.dtype is not dtype or v.dtype is not dtype:
         raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if dtype not in FLOATS:
         raise TypeError(f"{names[0]}: expected a dtype of {dtype_names(FLOATS)}, got {dtype}")
     if k.device != q.device or v.device != q.device:
-        raise ValueError(f"{names[0]}, {names[1]}, {names[2]}: expected one device, got {q.device}, {k.device}, {v.device}")
+        raise ValueError(
+            f"{names[0]}, {names[1]}, {names[2]}: expected one device, got {q.device}, {k.device}, {v.device}"
+        )
     return H, Nq, Nk
 
 
@@ -135,7 +139,9 @@ def slopes_of(slopes, B, q):
     if tensor(slopes, "alibi_slopes").dtype is not torch.float32:
         raise TypeError(f"alibi_slopes: expected float32, got {slopes.dtype}")
     if tuple(slopes.shape) not in ((q.shape[1],), (B, q.shape[1])):
-        raise ValueError(f"alibi_slopes: expected ({q.shape[1]},) or ({B}, {q.shape[1]}), got shape {tuple(slopes.shape)}")
+        raise ValueError(
+            f"alibi_slopes: expected ({q.shape[1]},) or ({B}, {q.shape[1]}), got shape {tuple(slopes.shape)}"
+        )
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes: has no gradient; give the differentiable term as bias, or detach it")
     same_device(slopes, "alibi_slopes", q)
@@ -174,5 +180,3 @@ def seed_of(seed, dropout_p, q):
         raise ValueError(f"seed: expected one int64, got {say(seed)}")
     same_device(seed, "seed", q)
     return seed.reshape(())
-
-

@@ -248,7 +248,9 @@ def disagreements(p: Problem, got: Result) -> list[str]:
     truth, math = run(p.to(torch.float64), "reference"), math_attention(p)
     reference = run(p, "reference") if p.q.dtype != torch.float64 else _rounded_float64(p, truth)
     if "cu_seqlens_q" in p.options:  # (T, heads, D) to (1, heads, T, D): the rule counts by head
-        heads_first = lambda r: Result(_heads_first("o", r.o), r.lse, {n: _heads_first(n, t) for n, t in r.grads.items()})
+        heads_first = lambda r: Result(
+            _heads_first("o", r.o), r.lse, {n: _heads_first(n, t) for n, t in r.grads.items()}
+        )
         got, truth, reference = heads_first(got), heads_first(truth), heads_first(reference)
     found = [f"{n} is {x.dtype}" for n, x in [("o", got.o), *got.grads.items()] if x.dtype != p.q.dtype]
     yards = [reference] if math is None else [reference, math]
@@ -287,7 +289,9 @@ def breaks(name, x, x64, yards, c, dtype, by_head=True) -> list[str]:
         return [f"{name} is finite where it should be {x64[infinite][~same[infinite]][0].item()}"]
     for t in (x, x64, *yards):
         t[infinite] = 0.0
-    flat = (lambda t: t.reshape(t.shape[0] * t.shape[1], -1)) if by_head and x.dim() > 2 else (lambda t: t.reshape(1, -1))
+    flat = (
+        (lambda t: t.reshape(t.shape[0] * t.shape[1], -1)) if by_head and x.dim() > 2 else (lambda t: t.reshape(1, -1))
+    )
     x, x64, *yards = (flat(t) for t in (x, x64, *yards))
     eps = torch.finfo(dtype).eps
     worst = lambda t: t.abs().amax(-1)
@@ -383,9 +387,19 @@ def softmax_disagreements(x, options, dy, got) -> list[str]:
     yards = [math]
     if x.dtype != torch.float64 and x.numel() and options.keys() <= {"dim", "log", "scale"}:
         leaf = x.detach().requires_grad_()
-        y = (torch.log_softmax if options.get("log") else torch.softmax)(leaf * options.get("scale", 1.0), options.get("dim", -1))
+        y = (torch.log_softmax if options.get("log") else torch.softmax)(
+            leaf * options.get("scale", 1.0), options.get("dim", -1)
+        )
         yards.append({"y": y.detach(), "dx": torch.autograd.grad(y, leaf, dy)[0]})
     found = [f"{n} is {t.dtype}" for n, t in got.items() if t.dtype != x.dtype]
     for name, t in got.items():
-        found += breaks(name, t, truth[name], [yard[name] for yard in yards], C_FORWARD if name == "y" else C_GRADIENT, x.dtype, by_head=False)
+        found += breaks(
+            name,
+            t,
+            truth[name],
+            [yard[name] for yard in yards],
+            C_FORWARD if name == "y" else C_GRADIENT,
+            x.dtype,
+            by_head=False,
+        )
     return found

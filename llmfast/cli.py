@@ -15,7 +15,9 @@ def main(arguments: list[str] | None = None) -> None:
     command = commands.add_parser("check", help="the case table on this machine, and what each backend supports")
     command.add_argument("--backend", choices=backends.ORDER, action="append", help="only this one; may be repeated")
     command.add_argument("--markdown", action="store_true", help="print the support table as the README has it")
-    commands.add_parser("inspect", add_help=False, help="registers, spills, shared memory of each Triton kernel on each GPU")
+    commands.add_parser(
+        "inspect", add_help=False, help="registers, spills, shared memory of each Triton kernel on each GPU"
+    )
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "inspect":
         from .inspect_kernels import main as inspect

@@ -29,20 +29,28 @@ def info() -> dict:
     }
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(torch.cuda.current_device())
-        found["gpu"] = {"name": device.name, "capability": f"{device.major}.{device.minor}", "memory": device.total_memory}
+        found["gpu"] = {
+            "name": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory": device.total_memory,
+        }
         found["gpu"]["cuda"] = torch.version.cuda
     found["backends"] = {}
     for name in backends.ORDER:
         module = import_module(f"{backends.__name__}.{name}")
         found["backends"][name] = module.available()
         found |= getattr(module, "details", dict)()
-    found["environment"] = {k: v for k, v in sorted(os.environ.items()) if k.startswith(("LLMFAST_", "TRITON_", "OMP_"))}
+    found["environment"] = {
+        k: v for k, v in sorted(os.environ.items()) if k.startswith(("LLMFAST_", "TRITON_", "OMP_"))
+    }
     return found
 
 
 def _cpu_name():
     try:
         with open("/proc/cpuinfo") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.processor())
+            return next(
+                (line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.processor()
+            )
     except OSError:
         return platform.processor()

@@ -18,6 +18,7 @@ from .spec import (
     SoftmaxSpec,
 )
 
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
     scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None,
@@ -55,7 +56,9 @@ def attention(
     >>> q, k, v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
     >>> o = llmfast.attention(q, k, v, causal=True, window=256)
     """
-    common = mask is None and bias is None and alibi_slopes is None and sinks is None and window is None and backend is None
+    common = (
+        mask is None and bias is None and alibi_slopes is None and sinks is None and window is None and backend is None
+    )
     if common and softcap == 0.0 and dropout_p == 0.0 and not return_lse and ops.undisturbed():
         code = 0 if causal is False else 1 if causal is True else 2 if causal == "top_left" else None
         o = None if code is None else cpu.attention_fast(q, k, v, code, scale, True)
@@ -66,7 +69,9 @@ def attention(
     left, right = OPEN, OPEN
     if causal is not False or window is not None:
         left, right = arguments.band(causal, window, Nq, Nk)
-    spec = AttentionSpec(arguments.scale_or_default(scale, q), left, right, *arguments.softcap_and_dropout(softcap, dropout_p))
+    spec = AttentionSpec(
+        arguments.scale_or_default(scale, q), left, right, *arguments.softcap_and_dropout(softcap, dropout_p)
+    )
     extras = NO_EXTRAS
     if mask is not None or bias is not None or alibi_slopes is not None or sinks is not None or dropout_p:
         shape = (q.shape[0], H, Nq, Nk)
@@ -79,6 +84,7 @@ def attention(
         )
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     return (o, lse) if return_lse else o
+
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
@@ -107,8 +113,10 @@ def scaled_dot_product_attention(
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     H, Hk = query.shape[1], key.shape[1]
-    if H != Hk and not enable_gqa and Hk != 1:
-        raise ValueError(f"key: has {Hk} heads and query {H}; enable_gqa=True shares each key head among H / Hk queries")
+    if Hk != H and not enable_gqa and Hk != 1:
+        raise ValueError(
+            f"key: has {Hk} heads and query {H}; enable_gqa=True shares each key head among H / Hk queries"
+        )
     mask = bias = None
     if attn_mask is not None:
         if attn_mask.dtype is torch.bool:
@@ -116,8 +124,16 @@ def scaled_dot_product_attention(
         else:
             bias = attn_mask
     return attention(
-        query, key, value, causal="top_left" if is_causal else False, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p
+        query,
+        key,
+        value,
+        causal="top_left" if is_causal else False,
+        scale=scale,
+        mask=mask,
+        bias=bias,
+        dropout_p=dropout_p,
     )
+
 
 def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
     """Brings inputs of any rank, or with broadcast leading dimensions, to four dimensions and back."""
@@ -138,6 +154,7 @@ def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_
     o = scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, dropout_p, is_causal, scale, enable_gqa)
     o = o.reshape(*lead, *o.shape[-3:])
     return o.squeeze(1) if rank == 3 else o.reshape(o.shape[-rank:]) if rank < 4 else o
+
 
 def attention_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, max_seqlen_q: int | None = None,
@@ -176,10 +193,15 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
-    spec = AttentionSpec(arguments.scale_or_default(scale, q), *arguments.band(causal, window, 0, 0), *arguments.softcap_and_dropout(softcap, dropout_p))
+    spec = AttentionSpec(
+        arguments.scale_or_default(scale, q),
+        *arguments.band(causal, window, 0, 0),
+        *arguments.softcap_and_dropout(softcap, dropout_p),
+    )
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     o = o[0].transpose(0, 1)
     return (o, lse[0]) if return_lse else o
+
 
 def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens_k: Tensor, *, page_table: Tensor | None = None, causal: bool = True,
@@ -222,9 +244,14 @@ def attention_decode(
         seqlens_k=seqlens_k,
         page_table=page_table,
     )
-    spec = AttentionSpec(arguments.scale_or_default(scale, q), *arguments.band(causal, window, 0, 0), *arguments.softcap_and_dropout(softcap, 0.0))
+    spec = AttentionSpec(
+        arguments.scale_or_default(scale, q),
+        *arguments.band(causal, window, 0, 0),
+        *arguments.softcap_and_dropout(softcap, 0.0),
+    )
     o, lse = ops.attention(q, k, v, spec, extras, backend, return_lse)
     return (o, lse) if return_lse else o
+
 
 def attention_weights(
     q: Tensor, k: Tensor, *, rows: Tensor | list[int] | None = None, top_k: int | None = None, causal: bool | str = False,
@@ -249,7 +276,11 @@ def attention_weights(
     B = q.shape[0]
     left, right = arguments.band(causal, window, Nq, Nk)
     rows = torch.arange(Nq, device=q.device) if rows is None else torch.as_tensor(rows, device=q.device)
-    if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or (rows.numel() and not (-Nq <= rows.min() and rows.max() < Nq)):
+    if (
+        rows.dim() != 1
+        or rows.dtype not in (torch.int64, torch.int32)
+        or (rows.numel() and not (-Nq <= rows.min() and rows.max() < Nq))
+    ):
         raise ValueError(f"rows: expected query indices below {Nq}, got {arguments.say(rows)}")
     rows = rows % max(Nq, 1)
     expand = lambda t: None if t is None else t.expand(B, H, Nq, Nk)
@@ -274,6 +305,7 @@ def attention_weights(
         return tuple(torch.cat([x[i] for x in out], 1) for i in (0, 1))
     return torch.cat(out, 1)
 
+
 def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over two disjoint sets of keys from the results over each; differentiable.
 
@@ -297,6 +329,7 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     o = (o_a * a[..., None] + o_b * b[..., None]) / l[..., None]
     return o.to(o_a.dtype), (torch.log(l) + m).masked_fill(empty, float("-inf"))
 
+
 def softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
     causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
@@ -318,6 +351,7 @@ def softmax(
     """
     return _softmax(x, dim, scale, mask, bias, causal, out, backend, False)
 
+
 def log_softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
     causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
@@ -327,6 +361,7 @@ def log_softmax(
     >>> logp = llmfast.log_softmax(logits)
     """
     return _softmax(x, dim, scale, mask, bias, causal, out, backend, True)
+
 
 def cross_entropy(
     logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
@@ -351,7 +386,9 @@ def cross_entropy(
 
     >>> loss = llmfast.cross_entropy(logits, target, label_smoothing=0.1)
     """
-    spec, extras = _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    spec, extras = _cross_entropy_problem(
+        logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction
+    )
     V = logits.shape[0 if logits.dim() == 1 else 1]
     rows = logits[None] if logits.dim() == 1 else logits if logits.dim() == 2 else logits.movedim(1, -1).reshape(-1, V)
     y = target.reshape(-1)
@@ -382,18 +419,27 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight: expected (V, {x.shape[-1] if x.dim() else 'D'}) to match x, got shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight: expected (V, {x.shape[-1] if x.dim() else 'D'}) to match x, got shape {tuple(weight.shape)}"
+        )
     x, weight, _, bias = arguments.autocast(x, weight, None, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        raise ValueError(f"x, weight, bias: expected one dtype, got {x.dtype}, {weight.dtype}" + (f", {bias.dtype}" if bias is not None else ""))
+        raise ValueError(
+            f"x, weight, bias: expected one dtype, got {x.dtype}, {weight.dtype}"
+            + (f", {bias.dtype}" if bias is not None else "")
+        )
     V = weight.shape[0]
     if bias is not None and tuple(arguments.tensor(bias, "bias").shape) != (V,):
         raise ValueError(f"bias: expected ({V},), got shape {tuple(bias.shape)}")
     if arguments.tensor(target, "target").shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(x.shape[:-1])} to match x, got {tuple(target.shape)}")
     rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    logits = rows.new_empty((rows.shape[0], 0)).expand(-1, 0) if V == 0 else rows[:, :1].expand(-1, V)  # a shape to check against
-    spec, extras = _cross_entropy_problem(logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction)
+    logits = (
+        rows.new_empty((rows.shape[0], 0)).expand(-1, 0) if V == 0 else rows[:, :1].expand(-1, V)
+    )  # a shape to check against
+    spec, extras = _cross_entropy_problem(
+        logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
+    )
     chunk = max(16, 2**23 // max(V, 1)) if chunk is None else chunk
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     factor = torch.ones_like(y, dtype=wide)
@@ -431,7 +477,9 @@ def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing
     if target.is_cpu and ops.plain(target) and target.numel():
         low, high = (int(x) for x in torch.aminmax(target.where(target != ignore_index, 0)))
         if low < 0 or high >= V:
-            raise IndexError(f"target: {low if low < 0 else high} is not one of {V} classes, nor ignore_index {ignore_index}")
+            raise IndexError(
+                f"target: {low if low < 0 else high} is not one of {V} classes, nor ignore_index {ignore_index}"
+            )
     return CrossEntropySpec(ignore_index, label_smoothing, z_loss, softcap), extras
 
 

@@ -45,7 +45,11 @@ class Compiled(NamedTuple):
         found = []
         if self.shared > SHARED[self.arch]:
             found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED[self.arch]}")
-        if self.kernel in TENSOR_CORE and "fp32" not in self.problem and not any(self.instructions[i] for i in MMA.values()):
+        if (
+            self.kernel in TENSOR_CORE
+            and "fp32" not in self.problem
+            and not any(self.instructions[i] for i in MMA.values())
+        ):
             found.append("no tensor-core instruction")
         return found
 
@@ -72,13 +76,17 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         if option == "everything":
             spec = spec._replace(softcap=5.0, dropout_p=0.1)
             bias = torch.empty(1, 4, 256, 256, dtype=dtype)
-            extras = Extras(torch.empty(1, 1, 256, 256, dtype=torch.bool), bias, torch.empty(4), torch.empty(4), torch.tensor(0))
+            extras = Extras(
+                torch.empty(1, 1, 256, 256, dtype=torch.bool), bias, torch.empty(4), torch.empty(4), torch.tensor(0)
+            )
         if option == "packed":
             cu_seqlens = torch.empty(3, dtype=torch.int32)
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         if option == "decode":
             lengths = torch.empty(1, dtype=torch.int32)
-            return decode.forward(q[:, :, :1], k, k, o[:, :, :1], None, spec, Extras(seqlens_k=lengths, page_table=lengths[:, None]))
+            return decode.forward(
+                q[:, :, :1], k, k, o[:, :, :1], None, spec, Extras(seqlens_k=lengths, page_table=lengths[:, None])
+            )
         attention.forward(q, k, k, o, lse, spec, extras)
         attention_backward.rowdot(o, o, lse)
         attention_backward.backward(o, q, k, k, lse, lse, q, k, k, extras.bias, extras.sinks, spec, extras)
@@ -160,7 +168,9 @@ def _read(name, binary, metadata, problem, arch):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        dump = lambda flag: subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+        dump = lambda flag: (
+            subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+        )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups())
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
     return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, Counter(names))
@@ -172,7 +182,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
-    parser.add_argument("--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed", "decode"))
+    parser.add_argument(
+        "--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed", "decode")
+    )
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
     faults = 0

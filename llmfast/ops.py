@@ -24,7 +24,9 @@ from .spec import (
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
 
 _compiling = torch.compiler.is_compiling
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)  # private: without them every call takes the operator
+_dispatch_modes = getattr(
+    torch._C, "_len_torch_dispatch_stack", None
+)  # private: without them every call takes the operator
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
 _grad_enabled = torch.is_grad_enabled
 _autocast = torch.is_autocast_enabled
@@ -207,12 +209,19 @@ def _vmap(operator, first):
 
     def rule(info, in_dims, *args):
         n = info.batch_size
-        front = [a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        front = [
+            a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
+        ]
         if all(t is None for t in args[first + _SPEC : first + _SPEC + _EXTRAS]):
-            fold = [(t.expand(n, *t.shape) if d is None else t).flatten(0, 1) for t, d in zip(front[:first], in_dims[:first], strict=True)]
+            fold = [
+                (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
+                for t, d in zip(front[:first], in_dims[:first], strict=True)
+            ]
             outputs = operator(*fold, *args[first:])
             batched = [o.dim() >= 3 and o.shape[0] == fold[0].shape[0] for o in outputs]
-            return tuple(o.unflatten(0, (n, -1)) if y else o for o, y in zip(outputs, batched, strict=True)), tuple(0 if y else None for y in batched)
+            return tuple(o.unflatten(0, (n, -1)) if y else o for o, y in zip(outputs, batched, strict=True)), tuple(
+                0 if y else None for y in batched
+            )
         rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
         return tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0,) * len(rows[0])
 
@@ -318,13 +327,20 @@ def _softmax_vmap(operator, first):
 
     def rule(info, in_dims, *args):
         n = info.batch_size
-        front = [a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)]
+        front = [
+            a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
+        ]
         if args[-3] is None and args[-2] is None:
-            fold = [(t.expand(n, *t.shape) if d is None else t).flatten(0, 1) for t, d in zip(front[:first], in_dims[:first], strict=True)]
+            fold = [
+                (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
+                for t, d in zip(front[:first], in_dims[:first], strict=True)
+            ]
             y = operator(*fold, *args[first:])
             return (y.unflatten(0, (n, -1)), 0) if first == 1 else ((y[0].unflatten(0, (n, -1)), y[1]), (0, None))
         rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
-        return (torch.stack(rows), 0) if first == 1 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
+        return (
+            (torch.stack(rows), 0) if first == 1 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
+        )
 
     return rule
 
@@ -396,7 +412,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 _ce_problem = f"{schema(CrossEntropySpec)}, {schema(CrossEntropyExtras)}, int backend"
 _lib.define(f"cross_entropy_fwd(Tensor x, Tensor target, {_ce_problem}) -> (Tensor, Tensor)", tags=_tags)
-_lib.define(f"cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, Tensor lse, {_ce_problem}) -> Tensor", tags=_tags)
+_lib.define(
+    f"cross_entropy_bwd(Tensor dloss, Tensor x, Tensor target, Tensor lse, {_ce_problem}) -> Tensor", tags=_tags
+)
 _CSPEC = len(CrossEntropySpec._fields)
 
 

@@ -94,4 +94,6 @@ _SCHEMA_TYPES = {float: "float", int: "int", bool: "bool", Tensor | None: "Tenso
 
 def schema(spec: type) -> str:
     """The fields of a spec as operator schema: 'float scale, SymInt left, ...'."""
-    return ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in get_type_hints(spec).items()).replace("int ", "SymInt ")
+    return ", ".join(f"{_SCHEMA_TYPES[t]} {name}" for name, t in get_type_hints(spec).items()).replace(
+        "int ", "SymInt "
+    )

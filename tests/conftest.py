@@ -58,14 +58,22 @@ def right_arithmetic():
     def create_dot(self, a, b, d, *rest):
         if a.dtype.scalar == tl.bfloat16:
             return TensorHandle(np.matmul(to_float32(a.data), to_float32(b.data)) + d.data, d.dtype.scalar)
-        if a.dtype.scalar == tl.float32:  # BLAS adds in an order of its own: a row of one query is too short for that to even out
-            return TensorHandle((np.matmul(a.data, b.data, dtype=np.float64) + d.data).astype(np.float32), d.dtype.scalar)
+        if (
+            a.dtype.scalar == tl.float32
+        ):  # BLAS adds in an order of its own: a row of one query is too short for that to even out
+            return TensorHandle(
+                (np.matmul(a.data, b.data, dtype=np.float64) + d.data).astype(np.float32), d.dtype.scalar
+            )
         return dot(self, a, b, d, *rest)
 
     def create_fma(self, x, y, z):
         return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(x.data.dtype), x.dtype.scalar)
 
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.create_fma = cast_impl, create_dot, create_fma
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.create_fma = (
+        cast_impl,
+        create_dot,
+        create_fma,
+    )
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):

@@ -75,18 +75,30 @@ BAD = [  # what is called, what is raised, what the message names
     (lambda: varlen(cu_q=CU.long()), TypeError, "cu_seqlens_q: expected int32"),
     (lambda: varlen(cu_k=CU[:2]), ValueError, "cu_seqlens_k: expected shape .3,."),
     (lambda: varlen(cu_q=[0, 8]), TypeError, "cu_seqlens_q: expected a torch.Tensor"),
-    (lambda: varlen(causal="top_left"), ValueError, "causal: \"top_left\" has no meaning"),
-    (lambda: decode(causal="top_left"), ValueError, "causal: \"top_left\" has no meaning"),
+    (lambda: varlen(causal="top_left"), ValueError, 'causal: "top_left" has no meaning'),
+    (lambda: decode(causal="top_left"), ValueError, 'causal: "top_left" has no meaning'),
     (lambda: decode(lengths=LENGTHS[:1]), ValueError, "seqlens_k: expected shape .2,."),
     (lambda: decode(lengths=None), TypeError, "seqlens_k: expected a torch.Tensor"),
     (lambda: decode(q=Q.clone().requires_grad_()), ValueError, "attention_decode has no gradient"),
-    (lambda: decode(page_table=torch.zeros(3, 2, dtype=torch.int32)), ValueError, "page_table: expected .2, pages. int32"),
+    (
+        lambda: decode(page_table=torch.zeros(3, 2, dtype=torch.int32)),
+        ValueError,
+        "page_table: expected .2, pages. int32",
+    ),
     (lambda: llmfast.attention_weights(Q, K, rows=[8]), ValueError, "rows: expected query indices below 8"),
     (lambda: llmfast.merge_attention(Q, Q[..., 0], Q, Q), ValueError, "o_b: expected shape"),
     (lambda: llmfast.scaled_dot_product_attention(Q, K, V), ValueError, "enable_gqa"),
-    (lambda: llmfast.scaled_dot_product_attention(Q, Q, Q, torch.ones(8, 8) > 0, is_causal=True), ValueError, "not both"),
+    (
+        lambda: llmfast.scaled_dot_product_attention(Q, Q, Q, torch.ones(8, 8) > 0, is_causal=True),
+        ValueError,
+        "not both",
+    ),
     (lambda: llmfast.scaled_dot_product_attention(Q, Q, Q[:, :, :5]), ValueError, "v: expected shape"),
-    (lambda: llmfast.scaled_dot_product_attention(Q[0, 0, 0], Q, Q), ValueError, "query: expected at least 2 dimensions"),
+    (
+        lambda: llmfast.scaled_dot_product_attention(Q[0, 0, 0], Q, Q),
+        ValueError,
+        "query: expected at least 2 dimensions",
+    ),
     (lambda: llmfast.softmax([1.0]), TypeError, "x: expected a torch.Tensor"),
     (lambda: llmfast.softmax(torch.ones(3).int()), TypeError, "x: expected a floating dtype"),
     (lambda: llmfast.softmax(Q, 4), IndexError, "dim: expected one of the 4"),
@@ -106,8 +118,18 @@ def test_bad_input(call, error, message):
         call()
 
 
-SHAPES = [((16, 8),) * 3, ((3, 16, 8),) * 3, ((2, 3, 16, 8),) * 3, ((2, 5, 3, 16, 8),) * 3, ((4, 7, 8), (4, 9, 8), (4, 9, 5))]
-SHAPES += [((2, 3, 7, 8), (2, 1, 9, 8), (2, 1, 9, 8)), ((2, 3, 7, 8), (1, 3, 9, 8), (1, 3, 9, 8)), ((1, 3, 0, 8), (1, 3, 4, 8), (1, 3, 4, 8))]
+SHAPES = [
+    ((16, 8),) * 3,
+    ((3, 16, 8),) * 3,
+    ((2, 3, 16, 8),) * 3,
+    ((2, 5, 3, 16, 8),) * 3,
+    ((4, 7, 8), (4, 9, 8), (4, 9, 5)),
+]
+SHAPES += [
+    ((2, 3, 7, 8), (2, 1, 9, 8), (2, 1, 9, 8)),
+    ((2, 3, 7, 8), (1, 3, 9, 8), (1, 3, 9, 8)),
+    ((1, 3, 0, 8), (1, 3, 4, 8), (1, 3, 4, 8)),
+]
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}], ids=str)
@@ -138,7 +160,9 @@ def test_sdpa_where_pytorch_is_wrong():
     """A zero or negative scale with causal gives NaN in PyTorch 2.13's CPU kernel."""
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
     for scale in (0.0, -0.3):
-        want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), torch.ones(20, 20).tril().bool(), scale=scale)
+        want = F.scaled_dot_product_attention(
+            q.double(), k.double(), v.double(), torch.ones(20, 20).tril().bool(), scale=scale
+        )
         got = llmfast.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         torch.testing.assert_close(got, want.float())
 
@@ -156,7 +180,9 @@ def test_windows():
         ("top_left", None): j <= i,
     }
     for (causal, window), band in bands.items():
-        torch.testing.assert_close(attention(causal=causal, window=window), attention(mask=band), msg=f"{causal} {window}")
+        torch.testing.assert_close(
+            attention(causal=causal, window=window), attention(mask=band), msg=f"{causal} {window}"
+        )
 
 
 def test_explain():
@@ -232,5 +258,7 @@ def test_info():
     found = llmfast.info()
     assert set(found["backends"]) == {"cuda", "triton", "cpu", "reference"}
     assert found["backends"]["reference"] is None
-    out = subprocess.run([sys.executable, "-m", "llmfast", "info", "--json"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-m", "llmfast", "info", "--json"], capture_output=True, text=True, check=True
+    )
     assert '"torch"' in out.stdout

@@ -50,7 +50,9 @@ def test_batch_invariant(backend):
     p = cases.problem(cases.Case(3, 4, 4, 70, 90, 32, 32, dict(causal=True)), torch.float32, device=device_of(backend))
     whole = run_or_skip(p, backend)
     again = run_or_skip(p, backend)
-    one = run_or_skip(cases.Problem(*(t[1:2, 2:3].clone() for t in p[:3]), p.options, p.do[1:2, 2:3].clone(), None), backend)
+    one = run_or_skip(
+        cases.Problem(*(t[1:2, 2:3].clone() for t in p[:3]), p.options, p.do[1:2, 2:3].clone(), None), backend
+    )
     assert torch.equal(whole.o, again.o)
     assert torch.equal(whole.o[1:2, 2:3], one.o)
     assert torch.equal(whole.lse[1:2, 2:3], one.lse)
@@ -72,7 +74,9 @@ def test_nan_stays_in_its_sequence(backend):
 
 @pytest.mark.parametrize("backend", backends.ORDER)
 def test_merge_of_two_halves(backend):
-    p = cases.problem(cases.Case(1, 2, 2, 70, 128, 32, 32, {}), torch.float32, device=device_of(backend))._replace(do=None)
+    p = cases.problem(cases.Case(1, 2, 2, 70, 128, 32, 32, {}), torch.float32, device=device_of(backend))._replace(
+        do=None
+    )
     q, k, v = p[:3]
     run_or_skip(p, backend)
     half = lambda s: llmfast.attention(q, k[:, :, s], v[:, :, s], return_lse=True, backend=backend)

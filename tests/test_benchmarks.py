@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def benchmarks(*arguments):
-    return subprocess.run([sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_run_compare_plot(tmp_path):

@@ -25,7 +25,9 @@ def gradients(q, k, v, do, threads=None, **options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": 100}, {"bias": (1, 1, 1, 1600)}, {"bias": (1100, 1)}])
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window": 100}, {"bias": (1, 1, 1, 1600)}, {"bias": (1100, 1)}]
+)
 def test_bits_do_not_depend_on_threads_or_batch(options, dtype):
     """1600 keys make 3 chunks; one head on several threads shares them, many heads do not."""
     torch.manual_seed(0)

@@ -13,7 +13,17 @@ from llmfast.backends import cpu
 
 pytestmark = pytest.mark.skipif(bool(cpu.available()), reason=str(cpu.available()))
 ISAS = cpu.details().get("instruction sets", "").split()
-ROWS = ("one key", "ragged", "odd wide head", "causal fewer keys", "window pair", "mask", "softcap", "dropout", "everything")
+ROWS = (
+    "one key",
+    "ragged",
+    "odd wide head",
+    "causal fewer keys",
+    "window pair",
+    "mask",
+    "softcap",
+    "dropout",
+    "everything",
+)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -26,7 +36,9 @@ def test_every_instruction_set(isa):
         "    found = cases.disagreements(p, cases.run(p, 'cpu'))\n"
         "    assert not found, (name, dtype, found)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "LLMFAST_ISA": isa}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "LLMFAST_ISA": isa}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
 
 

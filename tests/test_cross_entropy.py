@@ -31,7 +31,9 @@ def problem(shape, name, dtype, device="cpu"):
     y[::3] = options.get("ignore_index", int(y[0])) % shape[1]
     y[-1] = 0
     if options.get("weight"):
-        options["weight"] = (torch.rand(shape[1], generator=g) + 0.5).to(device, torch.float64 if dtype == torch.float64 else torch.float32)
+        options["weight"] = (torch.rand(shape[1], generator=g) + 0.5).to(
+            device, torch.float64 if dtype == torch.float64 else torch.float32
+        )
     return x, y, options
 
 
@@ -81,7 +83,9 @@ def test_agrees_with_float64(shape, name, dtype, backend):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("logits", "target"), [((9,), ()), ((4, 9), (4,)), ((4, 9, 3), (4, 3)), ((2, 9, 3, 5), (2, 3, 5)), ((0, 9), (0,))])
+@pytest.mark.parametrize(
+    ("logits", "target"), [((9,), ()), ((4, 9), (4,)), ((4, 9, 3), (4, 3)), ((2, 9, 3, 5), (2, 3, 5)), ((0, 9), (0,))]
+)
 def test_is_pytorchs(logits, target, reduction):
     x, y = torch.randn(logits), torch.randint(0, 9, target)
     for options in ({}, dict(ignore_index=2, label_smoothing=0.1), dict(weight=torch.rand(9))):
@@ -128,7 +132,9 @@ def test_linear_never_holds_the_logits():
 def test_gradcheck():
     x, y = torch.randn(4, 5, dtype=torch.float64, requires_grad=True), torch.tensor([0, 4, 2, 2])
     for smoothing, z, cap in itertools.product((0.0, 0.3), (0.0, 0.1), (0.0, 2.0)):
-        fn = lambda x, s=smoothing, z=z, c=cap: llmfast.cross_entropy(x, y, label_smoothing=s, z_loss=z, softcap=c, ignore_index=2)
+        fn = lambda x, s=smoothing, z=z, c=cap: llmfast.cross_entropy(
+            x, y, label_smoothing=s, z_loss=z, softcap=c, ignore_index=2
+        )
         assert torch.autograd.gradcheck(fn, (x,))
         assert torch.autograd.gradgradcheck(fn, (x,))
 
@@ -143,7 +149,9 @@ def test_compiles_whole():
         (lambda h, w: llmfast.linear_cross_entropy(h, w, y), (h, w)),
     ):
         compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(fn(*inputs), inputs))
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(*inputs), inputs), torch.autograd.grad(fn(*inputs), inputs)
+        )
     torch.library.opcheck(torch.ops.llmfast.cross_entropy_fwd.default, (x, y, -100, 0.1, 0.0, 0.0, None, -1))
 
 
@@ -169,7 +177,11 @@ BAD = [
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 8), Y), ValueError, "weight: expected .V, 9."),
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 9), Y), IndexError, "target: 8 is not one of 5"),
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9).half(), Y), ValueError, "expected one dtype"),
-    (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, bias=torch.ones(3)), ValueError, "bias: expected .9,."),
+    (
+        lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, bias=torch.ones(3)),
+        ValueError,
+        "bias: expected .9,.",
+    ),
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, reduction="none"), ValueError, "reduction"),
 ]
 

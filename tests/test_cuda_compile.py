@@ -23,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
 SOURCES = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*"))
 SHARED_LIMIT = {"80": 166912, "90a": 232448, "100a": 232448, "120": 101376}  # bytes a block may have
-SPILL_LIMIT = 16  # bytes outside loops: 8 in attention at head dim 128, 16 in softmax of 32768 float32 (64 registers a thread)
+SPILL_LIMIT = (
+    16  # bytes outside loops: 8 in attention at head dim 128, 16 in softmax of 32768 float32 (64 registers a thread)
+)
 
 
 @cache
@@ -103,7 +105,16 @@ def test_shared_memory_fits_every_gpu():
     source = BUILD / "shared.cu"
     BUILD.mkdir(parents=True, exist_ok=True)
     source.write_text(program + "}\n")
-    command = [nvcc(), "-cubin", "-std=c++17", "-arch=sm_80", f"-I{ROOT / 'csrc'}", source, "-o", BUILD / "shared.cubin"]
+    command = [
+        nvcc(),
+        "-cubin",
+        "-std=c++17",
+        "-arch=sm_80",
+        f"-I{ROOT / 'csrc'}",
+        source,
+        "-o",
+        BUILD / "shared.cubin",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -51,7 +51,9 @@ def test_softmax(cuda, name, dtype):
     assert cases.softmax_disagreements(x, options, dy, cases.run_softmax(x, options, dy, "cuda")) == []
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3, pytest.param(4, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "seed", [1, 2, 3, pytest.param(4, marks=pytest.mark.long), pytest.param(5, marks=pytest.mark.long)]
+)
 def test_every_schedule_gives_the_same_bits(cuda, seed):
     p = cases.problem(cases.CASES["causal more keys"], torch.bfloat16)._replace(do=None, dlse=None)
     x = torch.randn(3, 1500)
@@ -80,7 +82,9 @@ def test_a_head_depends_on_itself_alone(cuda):
 
 def test_refusals_are_sentences(cuda):
     q = torch.randn(1, 1, 8, 32)
-    refusal = lambda **kw: str(pytest.raises(NotImplementedError, llmfast.attention, *kw.pop("t"), backend="cuda", **kw).value)
+    refusal = lambda **kw: str(
+        pytest.raises(NotImplementedError, llmfast.attention, *kw.pop("t"), backend="cuda", **kw).value
+    )
     assert "float32 is not float16 or bfloat16" in refusal(t=(q, q, q))
     h = q.half()
     assert "dropout is not supported" in refusal(t=(h, h, h), dropout_p=0.5)
@@ -136,7 +140,9 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_caught(fault):
     what, _, sanitizer = FAULTS[fault]
-    status, output = cuda_model.fuzz("asan" if sanitizer == "asan" else "")(what, 0, 40 if what == "softmax" else 12, fault=fault)
+    status, output = cuda_model.fuzz("asan" if sanitizer == "asan" else "")(
+        what, 0, 40 if what == "softmax" else 12, fault=fault
+    )
     assert status != 0
     if sanitizer == "asan":
         assert "heap-buffer-overflow" in output

@@ -23,7 +23,18 @@ print("ran")
 @pytest.mark.long
 def test_wheel(tmp_path):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", str(ROOT), "-w", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        str(ROOT),
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run(command, check=True, env={**os.environ, "LLMFAST_CUDA": "0"})
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as z:

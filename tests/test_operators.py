@@ -102,7 +102,9 @@ def test_vmap():
     x = torch.randn(4, 6, 9)
     torch.testing.assert_close(torch.vmap(llmfast.softmax)(x), x.softmax(-1))
     per_sample = torch.vmap(torch.func.grad(lambda q, k, v: attend(q, k, v).sin().sum()))(q, k, v)
-    wanted = torch.stack([grads(attend, [t.clone().requires_grad_() for t in x])[1][0] for x in zip(q, k, v, strict=True)])
+    wanted = torch.stack(
+        [grads(attend, [t.clone().requires_grad_() for t in x])[1][0] for x in zip(q, k, v, strict=True)]
+    )
     torch.testing.assert_close(per_sample, wanted)
 
 

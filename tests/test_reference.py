@@ -43,7 +43,9 @@ def test_gradients(name):
     small = case._replace(B=min(case.B, 2), Nq=max(1, case.Nq // 16), Nk=max(1, case.Nk // 16), D=4, Dv=3)
     p = cases.problem(small, torch.float64)
     inputs = {n: t.clone().requires_grad_() for n, t in cases._named(p).items() if t is not None}
-    fn = lambda *ts: llmfast.attention(**{**p.options, **dict(zip(inputs, ts, strict=True))}, return_lse=True, backend="reference")
+    fn = lambda *ts: llmfast.attention(
+        **{**p.options, **dict(zip(inputs, ts, strict=True))}, return_lse=True, backend="reference"
+    )
     finite = lambda *ts: tuple(t.masked_fill(t == float("-inf"), 0.0) for t in fn(*ts))
     assert torch.autograd.gradcheck(finite, tuple(inputs.values()))
     assert torch.autograd.gradgradcheck(lambda *ts: finite(*ts)[0], tuple(inputs.values()), atol=1e-4)
@@ -72,18 +74,24 @@ def test_decode_is_attention_on_what_counts():
     o = llmfast.attention_decode(q, k, v, lengths, backend="reference")
     for b, n in enumerate(lengths.tolist()):
         k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
-        want = llmfast.attention(q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], causal=True, backend="reference")
+        want = llmfast.attention(
+            q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], causal=True, backend="reference"
+        )
         torch.testing.assert_close(o[b : b + 1], want)
     assert torch.equal(llmfast.attention_decode(q, k, v, lengths, backend="reference"), o)
     pages = torch.randperm(30).reshape(3, 10).to(torch.int32)
-    paged = lambda t: torch.zeros(30, Hk, 4, D).index_put((pages.long().flatten(),), t.unflatten(2, (10, 4)).transpose(1, 2).flatten(0, 1))
+    paged = lambda t: torch.zeros(30, Hk, 4, D).index_put(
+        (pages.long().flatten(),), t.unflatten(2, (10, 4)).transpose(1, 2).flatten(0, 1)
+    )
     again = llmfast.attention_decode(q, paged(k), paged(v), lengths, page_table=pages, backend="reference")
     torch.testing.assert_close(again, o)
 
 
 def test_weights_are_attentions():
     q, k = torch.randn(2, 4, 20, 16), torch.randn(2, 2, 30, 16)
-    options = dict(causal=True, softcap=3.0, alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]), bias=torch.randn(4, 20, 30))
+    options = dict(
+        causal=True, softcap=3.0, alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.0]), bias=torch.randn(4, 20, 30)
+    )
     p = llmfast.attention_weights(q, k, **options)
     eye = torch.eye(30).expand(2, 2, 30, 30)
     torch.testing.assert_close(p, llmfast.attention(q, k, eye, **options, backend="reference"))

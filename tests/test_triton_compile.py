@@ -17,7 +17,13 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 ROOT = Path(__file__).parent.parent
 SHORT = [("sm_80", 128, "bf16", "causal"), ("sm_90", 64, "bf16", "everything"), ("sm_90", 128, "bf16", "decode")]
-LONG = [(a, d, t, o) for a in SHARED for d in (64, 128, 256) for t in ("bf16", "fp32") for o in ("causal", "decode", "packed", "everything")]
+LONG = [
+    (a, d, t, o)
+    for a in SHARED
+    for d in (64, 128, 256)
+    for t in ("bf16", "fp32")
+    for o in ("causal", "decode", "packed", "everything")
+]
 # bytes a thread; dk and dv of 128 columns and the scores of two products are live at once
 SPILLS = {"attention_bwd_dkdv": 192, "attention_bwd_dq": 64}
 WITH_OPTIONS = 1024  # all options at once, or float32 at a head dim of 256: right, but not what tiles are chosen for
@@ -26,7 +32,18 @@ WITH_OPTIONS = 1024  # all options at once, or float32 at a head dim of 256: rig
 def compiled(arch, D, dtype, option):
     """In a process of its own: Triton compiles or interprets, decided at import."""
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "llmfast.inspect_kernels", "--json", "--arch", arch, "--dim", str(D)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "llmfast.inspect_kernels",
+        "--json",
+        "--arch",
+        arch,
+        "--dim",
+        str(D),
+    ]
     done = subprocess.run(
         [*command, "--dtype", dtype, "--option", option],
         env=environment, capture_output=True, text=True, cwd=ROOT,
@@ -81,5 +98,7 @@ for N, left, right, p in ((64, 2**30, 0, 0.0), (1, 1, 16, 0.0), (65, 16, -1, 0.0
 print(len(driver.launched))
 """
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout.strip() == "1", done.stdout + done.stderr[-3000:]

@@ -12,7 +12,9 @@ OPTIONS = {
     "window": dict(window=40),
     "not causal": dict(causal=False),
     "softcap": dict(softcap=3.0),
-    "alibi and sinks": dict(alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.02]), sinks=torch.tensor([1.0, -2.0, 0.5, 3.0])),
+    "alibi and sinks": dict(
+        alibi_slopes=torch.tensor([0.5, 0.25, 0.1, 0.02]), sinks=torch.tensor([1.0, -2.0, 0.5, 3.0])
+    ),
     "mask": dict(mask=torch.rand(3, 1, 2, 1500, generator=torch.Generator().manual_seed(1)) > 0.5),
     "bias": dict(bias=torch.randn(4, 1, 1500, generator=torch.Generator().manual_seed(2))),
 }
@@ -25,7 +27,9 @@ def cache(dtype=torch.float32, M=1500):
 
 
 def skip_unless_it_runs():
-    reason = backends.op("attention", "triton").supports(*(t.to(device_of("triton")) for t in cache()), None, llmfast.Extras())
+    reason = backends.op("attention", "triton").supports(
+        *(t.to(device_of("triton")) for t in cache()), None, llmfast.Extras()
+    )
     if reason:
         pytest.skip(reason)
 
@@ -57,7 +61,9 @@ def test_pages_and_neighbours_change_no_bit():
         one = llmfast.attention_decode(*(t[b : b + 1] for t in (q, k, v)), lengths[b : b + 1], backend="triton")
         assert torch.equal(o[b : b + 1], one)
     table = torch.randperm(300, generator=torch.Generator().manual_seed(3)).reshape(3, 100).to(torch.int32)
-    paged = lambda t: torch.empty(300, 2, 15, 40).index_put((table.long().flatten(),), t.cpu().unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1))
+    paged = lambda t: torch.empty(300, 2, 15, 40).index_put(
+        (table.long().flatten(),), t.cpu().unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1)
+    )
     pages = [paged(t).to(device) for t in (k, v)]
     again = llmfast.attention_decode(q, *pages, lengths, page_table=table.to(device), backend="triton")
     assert torch.equal(o, again)
@@ -67,6 +73,9 @@ def test_many_queries_of_a_large_group():
     """More rows than one tile holds, and a call that has no cache lengths."""
     skip_unless_it_runs()
     g = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, h, n, 24, generator=g, device="cpu").to(device_of("triton")) for h, n in ((10, 13), (1, 90), (1, 90)))
+    q, k, v = (
+        torch.randn(1, h, n, 24, generator=g, device="cpu").to(device_of("triton"))
+        for h, n in ((10, 13), (1, 90), (1, 90))
+    )
     got = llmfast.attention(q, k, v, causal=True, backend="triton")
     torch.testing.assert_close(got, llmfast.attention(q, k, v, causal=True, backend="reference"), atol=2e-6, rtol=1e-5)

@@ -21,7 +21,9 @@ class Op(NamedTuple):
     forward: Callable
     backward: Callable | None
     rowdot: Callable | None = None  # attention: (o, do) -> rowsum(o * do)
-    decode: Callable | None = None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
+    decode: Callable | None = (
+        None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
+    )
     only_named: Callable | None = None  # supports' arguments: None, or why the backend must be asked for by its name
 
 
@@ -118,7 +120,9 @@ def _explain(operation: str, inputs: tuple, name: str | None, grad: bool) -> Exp
     if name is None and instead.get():
         reasons["reference"] = f"{instead.get()} runs in its place"
     candidates = [name] if name else ORDER
-    return Explanation(operation, next((b for b in candidates if reasons[b] is None), None if name else instead.get()), reasons)
+    return Explanation(
+        operation, next((b for b in candidates if reasons[b] is None), None if name else instead.get()), reasons
+    )
 
 
 def _warn(operation: str, inputs: tuple, grad: bool) -> None:

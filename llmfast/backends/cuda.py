@@ -85,7 +85,11 @@ def softmax_op(refuses, launch) -> Op:
 
     def forward(x, out, spec, extras):
         rows = row(x)
-        y = out if out is not None and row(out) is out else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        y = (
+            out
+            if out is not None and row(out) is out
+            else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        )
         if extras.bias is not None:
             extras = extras._replace(bias=_narrow(extras.bias))
         launch("softmax_forward", x, rows, y, spec, extras)

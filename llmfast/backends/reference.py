@@ -7,7 +7,7 @@ The forward is differentiable by autograd, which serves double backward; the bac
 
 import torch
 
-from ..spec import NO_EXTRAS, Extras, Grads
+from ..spec import NO_EXTRAS, Grads
 from . import Op
 
 
@@ -16,7 +16,9 @@ def forward(q, k, v, spec, extras, need_lse=True):
         return _dense_forward(q, k, v, spec, extras)
     parts = [_dense_forward(*tensors, spec, e, b) for b, _, _, tensors, e in _sequences(q, k, v, extras)]
     if not extras.packed:
-        return tuple(torch.cat(p) for p in zip(*parts, strict=True)) if parts else _dense_forward(q, k, v, spec, NO_EXTRAS)
+        return (
+            tuple(torch.cat(p) for p in zip(*parts, strict=True)) if parts else _dense_forward(q, k, v, spec, NO_EXTRAS)
+        )
     o = q.new_zeros(*q.shape[:3], v.shape[3])  # rows that no sequence covers stay zero
     lse = q.new_full(q.shape[:3], float("-inf"), dtype=wide(q).dtype)
     for (_, rows, _, _, _), (o_part, lse_part) in zip(_sequences(q, k, v, extras), parts, strict=True):
@@ -106,7 +108,9 @@ def keep(seed, p, B, H, Nq, Nk, device, batch=0):
     key = the two halves of the seed, counter = (column // 4, row, head, batch), the word is column % 4.
     """
     shape = (B, H, Nq, (Nk + 3) // 4)
-    index = lambda dim, start=0: torch.arange(start, start + shape[dim], device=device).view(-1, *(1,) * (3 - dim)).expand(shape)
+    index = lambda dim, start=0: (
+        torch.arange(start, start + shape[dim], device=device).view(-1, *(1,) * (3 - dim)).expand(shape)
+    )
     words = philox((index(3), index(2), index(1), index(0, batch)), (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF))
     return torch.stack(words, -1).flatten(-2)[..., :Nk] >= int(p * 2**32)
 
@@ -147,7 +151,9 @@ def _sequences(q, k, v, extras):
             pages = extras.page_table[b].long().clamp(0, max(k.shape[0] - 1, 0))
             ks, vs = (t[pages].transpose(0, 1).flatten(1, 2)[None] for t in (k, v))  # (1, Hk, pages * page, D)
         keys = slice(0, min(max(int(extras.seqlens_k[b]), 0), ks.shape[2]))
-        mask, bias = (t if t is None else t.expand(q.shape[0], -1, -1, ks.shape[2])[b : b + 1, :, :, keys] for t in extras[:2])
+        mask, bias = (
+            t if t is None else t.expand(q.shape[0], -1, -1, ks.shape[2])[b : b + 1, :, :, keys] for t in extras[:2]
+        )
         yield b, slice(None), keys, (q[b : b + 1], ks[:, :, keys], vs[:, :, keys]), e._replace(mask=mask, bias=bias)
 
 

@@ -17,7 +17,9 @@ _MISSING = None if find_spec("triton") else "triton is not installed"
 
 def available() -> str | None:
     """None, or why this backend can't run on this machine."""
-    return _MISSING or (None if _INTERPRET or torch.cuda.is_available() else "needs a GPU, or TRITON_INTERPRET=1 and its name")
+    return _MISSING or (
+        None if _INTERPRET or torch.cuda.is_available() else "needs a GPU, or TRITON_INTERPRET=1 and its name"
+    )
 
 
 def _refuses(t):
@@ -86,7 +88,9 @@ def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
 
     do, q, k, v = _rows(do), _rows(q), _rows(k), _rows(v)
     new = torch.zeros_like if extras.packed else torch.empty_like
-    grads = Grads(new(q), new(k), new(v), *(None if t is None else torch.zeros_like(t) for t in (extras.bias, extras.sinks)))
+    grads = Grads(
+        new(q), new(k), new(v), *(None if t is None else torch.zeros_like(t) for t in (extras.bias, extras.sinks))
+    )
     with _on(q):
         kernels.backward(do, q, k, v, lse.contiguous(), delta.contiguous(), *grads, spec, extras)
     return grads

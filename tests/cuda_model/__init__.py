@@ -37,18 +37,27 @@ def build(name, main, sanitizer=""):
     common = ["-std=c++17", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
     common += ["-Wno-unknown-pragmas", *(f"-I{path}" for path in include)]
     checks = " ".join(SANITIZERS[sanitizer])
-    text = ["rule compile", "  command = g++ $flags -MMD -MF $out.d -c -x c++ $in -o $out", "  depfile = $out.d", "  deps = gcc"]
+    text = [
+        "rule compile",
+        "  command = g++ $flags -MMD -MF $out.d -c -x c++ $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
     text += ["rule link", f"  command = g++ {checks} {'-shared' if name.endswith('.so') else ''} $in -o $out"]
     objects = []
     for source in [main, *KERNELS, MODEL]:
         unseen = source == MODEL and sanitizer == "tsan"  # what passes between the lanes of a warp orders no memory
         objects.append(f"{source.name}.o")
         text += [f"build {objects[-1]}: compile {source}"]
-        text += [f"  flags = {' '.join(common)} {'-O2' if source == MODEL else '-O1'} {'-DMODEL_TSAN' if unseen else checks}"]
+        text += [
+            f"  flags = {' '.join(common)} {'-O2' if source == MODEL else '-O1'} {'-DMODEL_TSAN' if unseen else checks}"
+        ]
     target = BUILD / name
     text += [f"build {target}: link {' '.join(objects)}", ""]
     (folder / f"{name}.ninja").write_text("\n".join(text))
-    done = subprocess.run([ninja(), "-C", folder, "-f", f"{name}.ninja", "-j2", "--quiet"], capture_output=True, text=True)
+    done = subprocess.run(
+        [ninja(), "-C", folder, "-f", f"{name}.ninja", "-j2", "--quiet"], capture_output=True, text=True
+    )
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return target

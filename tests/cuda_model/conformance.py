@@ -18,7 +18,15 @@ def model():
     """The probes on the host model: {name: (comparison, words)}."""
     target = _newer("conformance_model", [HERE / "conformance.cu", HERE / "device.cpp"])
     if target[1]:
-        command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", f"-I{ROOT / 'csrc'}", f"-I{HERE}"]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-fno-strict-aliasing",
+            "-ffp-contract=off",
+            f"-I{ROOT / 'csrc'}",
+            f"-I{HERE}",
+        ]
         command += ["-Wno-unknown-pragmas", "-x", "c++", HERE / "conformance.cu", HERE / "device.cpp", "-o", target[0]]
         subprocess.run(command, check=True)
     return read(subprocess.run([target[0]], capture_output=True, text=True, check=True).stdout)
@@ -29,7 +37,14 @@ def compile_for_gpu(nvcc):
     target = _newer("conformance", [HERE / "conformance.cu"])
     if target[1]:
         kinds = ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_80,code=compute_80"]
-        command = [nvcc, "-std=c++17", "-O3", *(f"-gencode=arch={k}" for k in kinds), "--cudart=static", f"-I{ROOT / 'csrc'}"]
+        command = [
+            nvcc,
+            "-std=c++17",
+            "-O3",
+            *(f"-gencode=arch={k}" for k in kinds),
+            "--cudart=static",
+            f"-I{ROOT / 'csrc'}",
+        ]
         subprocess.run([*command, HERE / "conformance.cu", "-o", target[0]], check=True)
     return target[0]
 
@@ -77,7 +92,9 @@ def main():
     got = read(done.stdout)
     found = list(differences(want, got))
     for name, (how, words) in want.items():
-        print(f"{name:20s} {how:5s} {len(words):6d} words  {'DIFFERS' if any(f.startswith(name + ':') for f in found) else 'agrees'}")
+        print(
+            f"{name:20s} {how:5s} {len(words):6d} words  {'DIFFERS' if any(f.startswith(name + ':') for f in found) else 'agrees'}"
+        )
     print("\n".join(found) if found else f"all {len(want)} probes agree")
     sys.exit(bool(found))
 
