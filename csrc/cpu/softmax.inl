@@ -19,9 +19,22 @@ LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
 }
 template <class V>
 LLMFAST_INLINE auto greatest(V x) {
-  auto m = x[0];
-  for (int i = 1; i < int(sizeof(V) / sizeof(x[0])); i++) m = m > x[i] ? m : x[i];
-  return m;
+  constexpr int L = sizeof(V) / sizeof(x[0]);
+  alignas(64) decltype(x[0] + x[0]) m[L];
+  store(m, x);
+  LLMFAST_UNROLL for (int half = L / 2; half; half /= 2)
+      LLMFAST_UNROLL for (int i = 0; i < half; i++) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
+  return m[0];
+}
+// The sum of the lanes in double: each rounding of it errs in every element of the row.
+template <class V>
+LLMFAST_INLINE double total(V x) {
+  constexpr int L = sizeof(V) / sizeof(x[0]);
+  alignas(64) double t[L];
+  LLMFAST_UNROLL for (int i = 0; i < L; i++) t[i] = x[i];
+  LLMFAST_UNROLL for (int half = L / 2; half; half /= 2)
+      LLMFAST_UNROLL for (int i = 0; i < half; i++) t[i] += t[i + half];
+  return t[0];
 }
 
 // n numbers of x, scaled, to buffer, with what bias and mask do to them, and -inf up to 4 whole vectors: their
@@ -77,10 +90,7 @@ LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
       sums[k] += y;
       if constexpr (kKeep) store(buffer + e + k * L, y);
     }
-  const vec_of<C> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  double total = 0;  // each rounding of the sum errs in every element of the row
-  for (int lane = 0; lane < L; lane++) total += all[lane];
-  return static_cast<C>(total);
+  return static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
 // y = f(buffer)
