@@ -29,7 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("run", help="check the kernels, then measure; a table, a JSON and a plot")
-    p.add_argument("families", nargs="*", choices=[*FAMILIES, []], help=f"of {', '.join(FAMILIES)}; by default {', '.join(DEFAULT)}")
+    p.add_argument(
+        "families",
+        nargs="*",
+        choices=[*FAMILIES, []],
+        help=f"of {', '.join(FAMILIES)}; by default {', '.join(DEFAULT)}",
+    )
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--lengths", type=_numbers, default=(128, 256, 512, 1024, 2048, 4096), metavar="N,N,...")
     p.add_argument("--dtypes", type=lambda s: tuple(s.split(",")), default=("float32", "bfloat16"), metavar="D,D,...")

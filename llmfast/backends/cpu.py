@@ -12,7 +12,7 @@ try:
     from .. import _cpu
 except ImportError as problem:
     _cpu = None
-    _NOT_BUILT = f"llmfast._cpu is not built: run python setup.py build_ext --inplace ({problem.msg.split(" (")[0]})"
+    _NOT_BUILT = f"llmfast._cpu is not built: run python setup.py build_ext --inplace ({problem.msg.split(' (')[0]})"
 
 if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
