@@ -25,7 +25,7 @@ class Mutant(NamedTuple):
     why: str
 
 
-SCRATCH_TOO_SMALL = Mutant(SIMD, "size = n)", "(size = n) / 2)", "scratch of half the size")
+SCRATCH_TOO_SMALL = Mutant(SIMD, "(n + 63) / 64 * 64)", "(n + 127) / 128 * 64)", "scratch of half the size")
 SCRATCH_SHARED = Mutant(
     FWD, "static thread_local Scratch scratch;", "static Scratch scratch;", "threads share one scratch"
 )

@@ -414,7 +414,6 @@ struct Scratch {
     }
     return data;
   }
-  float* floats(size_t n) { return static_cast<float*>(bytes(n * 4)); }
   ~Scratch() { free(data); }
 };
 
