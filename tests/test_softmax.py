@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import DTYPES, device_of, sampled
+from test_attention import DTYPES, device_of, sampled, skip
 
 import llmfast
 from llmfast import backends, cases
@@ -21,11 +21,11 @@ def run_or_skip(x, options, dy, backend):
         return cases.run_softmax(x, options, dy, backend)
     except NotImplementedError as reason:
         if "has no backward" not in str(reason):
-            pytest.skip(str(reason))
+            skip(reason, backend)
     try:
         return cases.run_softmax(x, options, None, backend)
     except NotImplementedError as reason:
-        pytest.skip(str(reason))
+        skip(reason, backend)
 
 
 @pytest.mark.parametrize("backend", backends.ORDER)
