@@ -42,7 +42,7 @@ build: .venv/ready
 lint: .venv/ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	.venv/bin/clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.inl' 'csrc/*.cu' 'csrc/*.cuh')
+	.venv/bin/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp' '*.inl' '*.cu' '*.cuh')
 
 .venv/ready: pyproject.toml constraints-cpu.txt
 	@need() { echo "make: $$1" >&2; exit 1; }; \

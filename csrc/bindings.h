@@ -43,7 +43,8 @@ inline Tensor view(py::handle t) {
   v.data = static_cast<char*>(PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), n.data_ptr)).ptr()));
   static char empty[64];
   if (!v.data) v.data = empty;  // an empty tensor is present
-  py::object shape = owned(PyObject_GetAttr(t.ptr(), n.shape)), stride = owned(PyObject_CallMethodNoArgs(t.ptr(), n.stride));
+  py::object shape = owned(PyObject_GetAttr(t.ptr(), n.shape)),
+             stride = owned(PyObject_CallMethodNoArgs(t.ptr(), n.stride));
   v.dim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
   if (v.dim > 4) throw std::invalid_argument("a tensor has more than 4 dimensions");
   for (int i = 0; i < v.dim; i++) {

@@ -14,8 +14,9 @@ namespace {
 
 const cpu::Kernels* kernels = cpu::select("");
 
-// A child forked from a process of several threads would wait for ever for the threads of OpenMP's pool, which only the parent
-// has: such a child runs on one thread. Said again before each kernel, because torch sets its number again in the child.
+// A child forked from a process of several threads would wait for ever for the threads of OpenMP's pool, which only the
+// parent has: such a child runs on one thread. Said again before each kernel, because torch sets its number again in
+// the child.
 bool several_threads = false, alone = false;
 void before_fork() {
   struct stat tasks;  // one link for each thread and two of its own
@@ -30,14 +31,17 @@ struct Released {  // around every kernel
   }
 };
 
-// The commonest call in one step, 4 us instead of 10: attention_fast(q, k, v, causal, scale, gqa) with causal 0, 1 (bottom-right) or
-// 2 (top-left) and scale a float or None. Plain strided CPU tensors of one dtype and matching shapes, no gradient; None when
-// anything is otherwise, and then llmfast/functional.py takes the long way, which also words the errors.
+// The commonest call in one step, 4 us instead of 10: attention_fast(q, k, v, causal, scale, gqa) with causal 0, 1
+// (bottom-right) or 2 (top-left) and scale a float or None. Plain strided CPU tensors of one dtype and matching shapes,
+// no gradient; None when anything is otherwise, and then llmfast/functional.py takes the long way, which also words the
+// errors.
 PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   static PyObject* const tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-  static PyObject* const parameter = py::object(py::module_::import("torch").attr("nn").attr("Parameter")).release().ptr();
+  static PyObject* const parameter =
+      py::object(py::module_::import("torch").attr("nn").attr("Parameter")).release().ptr();
   static PyObject* const empty_like = py::object(py::module_::import("torch").attr("empty_like")).release().ptr();
-  static PyObject* const grad_enabled = py::object(py::module_::import("torch").attr("is_grad_enabled")).release().ptr();
+  static PyObject* const grad_enabled =
+      py::object(py::module_::import("torch").attr("is_grad_enabled")).release().ptr();
   static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   try {
@@ -78,8 +82,8 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
 }
 
-PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)), METH_FASTCALL,
-                    nullptr};
+PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)),
+                    METH_FASTCALL, nullptr};
 
 }  // namespace
 
@@ -104,24 +108,25 @@ PYBIND11_MODULE(_cpu, m) {
   };
   forward("attention_forward", &cpu::Kernels::attention_forward);
   forward("attention_decode", &cpu::Kernels::attention_decode);
-  m.def("attention_backward", [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta,
-                                 py::handle dq, py::handle dk, py::handle dv, py::handle dbias, py::handle dsinks,
-                                 const py::tuple& s, const py::tuple& e) {
-    AttentionBackward p{view(dout), view(q),  view(k),     view(v),      Tensor{},          view(lse), view(delta), view(dq),
-                        view(dk),   view(dv), view(dbias), view(dsinks), attention_spec(s), extras(e)};
-    Released release;
-    kernels->attention_backward(p);
-  });
+  m.def("attention_backward",
+        [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta, py::handle dq,
+           py::handle dk, py::handle dv, py::handle dbias, py::handle dsinks, const py::tuple& s, const py::tuple& e) {
+          AttentionBackward p{view(dout), view(q),  view(k),  view(v),     Tensor{},     view(lse),         view(delta),
+                              view(dq),   view(dk), view(dv), view(dbias), view(dsinks), attention_spec(s), extras(e)};
+          Released release;
+          kernels->attention_backward(p);
+        });
   m.def("rowdot", [](py::handle o, py::handle dout, py::handle delta) {
     const Tensor x = view(o), y = view(dout), d = view(delta);
     Released release;
     kernels->rowdot(x, y, d);
   });
-  m.def("softmax_forward", [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
-    const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};
-    Released release;
-    kernels->softmax_forward(p);
-  });
+  m.def("softmax_forward",
+        [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
+          const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};
+          Released release;
+          kernels->softmax_forward(p);
+        });
   m.def("softmax_backward", [](py::handle dy, py::handle y, py::handle dx, py::handle dbias, double scale, bool log) {
     const SoftmaxBackward p{view(dy), view(y), view(dx), view(dbias), scale, log};
     Released release;

@@ -14,8 +14,8 @@ void raise(const char* error) {
 
 PYBIND11_MODULE(_cuda, m) {
   m.def("unavailable", [] { return cuda::unavailable(); });
-  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
-                                const py::tuple& e, uintptr_t stream) {
+  m.def("attention_forward", [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse,
+                                const py::tuple& s, const py::tuple& e, uintptr_t stream) {
     AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
     const char* error;
     {

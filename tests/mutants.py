@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -79,7 +80,7 @@ MUTANTS = [Mutant(*row) for row in [
     (BWD, "(x.j0 + j) / 4", "j / 4", "dropout starts anew in each block"),
     (BWD, "to[j * step] += ds[j];", "to[j * step] = ds[j];", "dbias keeps the last batch only"),
     (BWD, "*to += sum;", "*to = sum;", "dbias broadcast over keys keeps the last block"),
-    (BWD, "for (int64_t g = 0; g < group; g++)\n      for (int64_t i = first;", "for (int64_t g = 0; g < 1; g++)\n      for (int64_t i = first;", "dk misses the group's other heads"),
+    (BWD, "for (int64_t g = 0; g < group; g++) for (int64_t i = first; i < end; i += kBlock)", "for (int64_t g = 0; g < 1; g++) for (int64_t i = first; i < end; i += kBlock)", "dk misses the group's other heads"),
     (BWD, "clamp(j0 + nk - offset + a.spec.left, first, s.Nq)", "clamp(j0 + nk - offset + a.spec.left - kBlock, first, s.Nq)", "a window's last queries are skipped"),
     (BWD, "if (lse != -kInfOf<C>) sum -=", "sum -=", "a row without keys spoils dsinks"),
     (BWD, "zero<T>(a.dq), zero<T>(a.dk), zero<T>(a.dv);", "zero<T>(a.dq);", "rows of dk that no sequence covers stay unwritten"),
@@ -110,9 +111,10 @@ MUTANTS = [Mutant(*row) for row in [
 def faulty(mutant):
     """The file with the fault in it."""
     text = (ROOT / mutant.path).read_text()
-    if text.count(mutant.text) != 1:
-        raise ValueError(f"{mutant.path} holds this {text.count(mutant.text)} times, not once: {mutant.text}")
-    return text.replace(mutant.text, mutant.wrong)
+    found = list(re.finditer(r"\s+".join(map(re.escape, mutant.text.split())), text))  # however the lines are broken
+    if len(found) != 1:
+        raise ValueError(f"{mutant.path} holds this {len(found)} times, not once: {mutant.text}")
+    return text[: found[0].start()] + mutant.wrong + text[found[0].end() :]
 
 
 def copy(folder):

@@ -1,13 +1,15 @@
-// Attention backward in one pass: P = exp(scale q k^T - lse), dV = P^T dO, dS = P (dO V^T - delta), dK = scale dS^T Q, dQ = scale dS K.
+// Attention backward in one pass: P = exp(scale q k^T - lse), dV = P^T dO, dS = P (dO V^T - delta), dK = scale dS^T Q,
+// dQ = scale dS K.
 //
-// The outer loop runs over blocks of 64 keys, the inner one over blocks of 64 queries. For S and dP lanes are keys: K^T and V^T are
-// made once for a key block, Q and dO are broadcast from their rows. For dV, dK and dQ lanes are head dims: P and dS are broadcast,
-// dO, Q and K are read row by row. So every product is one micro-kernel, and nothing else is transposed. Each product starts from
-// zero and is added once per block: longer sums cost accuracy. Where the machine has bf16 dot products a unit is a pair: of head
-// dims for S and dP, of queries for dV and dK, of keys for dQ. Other half precision is copied block by block to float32 scratch.
+// The outer loop runs over blocks of 64 keys, the inner one over blocks of 64 queries. For S and dP lanes are keys: K^T
+// and V^T are made once for a key block, Q and dO are broadcast from their rows. For dV, dK and dQ lanes are head dims:
+// P and dS are broadcast, dO, Q and K are read row by row. So every product is one micro-kernel, and nothing else is
+// transposed. Each product starts from zero and is added once per block: longer sums cost accuracy. Where the machine
+// has bf16 dot products a unit is a pair: of head dims for S and dP, of queries for dV and dK, of keys for dQ. Other
+// half precision is copied block by block to float32 scratch.
 //
-// dQ is summed over chunks of key blocks whose number follows from Nk alone, and the chunks are added in order: its bits are the
-// same whether one thread walks through the chunks of a head or several share them.
+// dQ is summed over chunks of key blocks whose number follows from Nk alone, and the chunks are added in order: its
+// bits are the same whether one thread walks through the chunks of a head or several share them.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_bwd {
 
@@ -20,14 +22,14 @@ template <class T>
 struct Workspace {
   using C = compute<T>;
   using U = unit<T>;
-  U *kt, *vt;             // (D, 64) and (Dv, 64), in units
-  U *k_rows, *q_rows, *do_rows;  // (64, D), pairs (32, D)
+  U *kt, *vt;                       // (D, 64) and (Dv, 64), in units
+  U *k_rows, *q_rows, *do_rows;     // (64, D), pairs (32, D)
   char *k_copy, *q_copy, *do_copy;  // (64, D) where the rows can't be read in place
-  C *p, *s, *dropped;     // (64 queries, 64 keys)
-  C *cap, *kept;          // the softcap's derivative; 1 / (1 - dropout_p) or 0
-  U *p_pairs, *s_pairs;   // (32 query pairs, 64)
-  bf16* s_rows;           // (64, 64)
-  C *dk, *dv;             // (64, D), (64, Dv)
+  C *p, *s, *dropped;               // (64 queries, 64 keys)
+  C *cap, *kept;                    // the softcap's derivative; 1 / (1 - dropout_p) or 0
+  U *p_pairs, *s_pairs;             // (32 query pairs, 64)
+  bf16* s_rows;                     // (64, 64)
+  C *dk, *dv;                       // (64, D), (64, Dv)
   alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock];
 };
 
@@ -45,7 +47,8 @@ struct Run {
   bool edge;
 };
 
-// n rows as the products read them: broadcast from rows (a stride in bytes), or as vectors of units (a stride in units).
+// n rows as the products read them: broadcast from rows (a stride in bytes), or as vectors of units (a stride in
+// units).
 template <class U>
 struct Staged {
   const char* rows;
@@ -71,7 +74,8 @@ LLMFAST_INLINE Staged<unit<T>> stage(const T* x, int64_t stride, int64_t n, int6
         for (int64_t d = 0; d < W; d += 2 * kLanes) {
           const int32_t* at = reinterpret_cast<const int32_t*>(x + i * stride + d);
           ivec low, high;
-          interleave(loadu(at), i + 1 < n ? loadu(reinterpret_cast<const int32_t*>(x + (i + 1) * stride + d)) : ivec{}, low, high);
+          interleave(loadu(at), i + 1 < n ? loadu(reinterpret_cast<const int32_t*>(x + (i + 1) * stride + d)) : ivec{},
+                     low, high);
           store(units + i / 2 * W + d, low), store(units + i / 2 * W + d + kLanes, high);
         }
     return {reinterpret_cast<const char*>(x), stride * 2, units, W};
@@ -92,10 +96,12 @@ void transpose_rows(const Staged<U>& x, int64_t n, int64_t units, U* to) {
   for (int64_t g = 0; g < kBlock; g += L)
     for (int64_t d = 0; d < units; d += L) {
       V r[L];
-      LLMFAST_UNROLL for (int i = 0; i < L; i++)
+      LLMFAST_UNROLL
+      for (int i = 0; i < L; i++)
         r[i] = g + i < n ? loadu(reinterpret_cast<const U*>(x.rows + (g + i) * x.stride) + d) : V{};
       transpose(r);
-      LLMFAST_UNROLL for (int i = 0; i < L; i++) store(to + (d + i) * kBlock + g, r[i]);
+      LLMFAST_UNROLL
+      for (int i = 0; i < L; i++) store(to + (d + i) * kBlock + g, r[i]);
     }
 }
 
@@ -103,13 +109,18 @@ void transpose_rows(const Staged<U>& x, int64_t n, int64_t units, U* to) {
 template <int R, int V, class C, class U, class F>
 LLMFAST_INLINE void product(const char* a, int64_t ar, int64_t ak, const U* b, int64_t bk, int64_t n, F&& finish) {
   vec_of<C> acc[R][V];
-  LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
   for (int64_t k = 0; k < n; k++) {
     decltype(load(b)) y[V];
-    LLMFAST_UNROLL for (int v = 0; v < V; v++) y[v] = loadu(b + k * bk + v * kLanesOf<C>);
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+    LLMFAST_UNROLL
+    for (int v = 0; v < V; v++) y[v] = loadu(b + k * bk + v * kLanesOf<C>);
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) {
       U x = read<U>(a + r * ar + k * ak, 0);
-      LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, y[v]);
+      LLMFAST_UNROLL
+      for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, y[v]);
     }
   }
   finish(acc);
@@ -117,15 +128,16 @@ LLMFAST_INLINE void product(const char* a, int64_t ar, int64_t ak, const U* b, i
 
 // c (rows, D) += a b
 template <class C, class U>
-__attribute__((noinline)) void add_product(C* c, int64_t sc, int64_t rows, int64_t D, const char* a, int64_t ar, int64_t ak,
-                                           const U* b, int64_t bk, int64_t n) {
+__attribute__((noinline)) void add_product(C* c, int64_t sc, int64_t rows, int64_t D, const char* a, int64_t ar,
+                                           int64_t ak, const U* b, int64_t bk, int64_t n) {
   constexpr int L = kLanesOf<C>;
   vectors(0, static_cast<int>((D + L - 1) / L), [&](int g, auto V) {
     tiles<V.value>(rows, [&](int64_t r, auto R) {
       product<R.value, V.value, C>(a + r * ar, ar, ak, b + g * L, bk, n, [&](auto& acc) {
         C* to = c + r * sc + g * L;
-        LLMFAST_UNROLL for (int i = 0; i < R.value; i++)
-            LLMFAST_UNROLL for (int v = 0; v < V.value; v++) storeu(to + i * sc + v * L, loadu(to + i * sc + v * L) + acc[i][v]);
+        LLMFAST_UNROLL
+        for (int i = 0; i < R.value; i++) LLMFAST_UNROLL
+        for (int v = 0; v < V.value; v++) storeu(to + i * sc + v * L, loadu(to + i * sc + v * L) + acc[i][v]);
       });
     });
   });
@@ -152,41 +164,47 @@ LLMFAST_INLINE vec_of<compute<T>> visible(const Block<T>& x, int64_t row, int v,
 
 enum Pass { kSum, kWeights, kGradients };
 
-// Over the rows and strips of a run: kSum adds a b to S; kWeights makes P of scale (S + a b), kGradients dS of dP = a b, with what
-// the products that follow read of them.
+// Over the rows and strips of a run: kSum adds a b to S; kWeights makes P of scale (S + a b), kGradients dS of dP = a
+// b, with what the products that follow read of them.
 template <Pass kPass, class T>
-void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<unit<T>>& a, const unit<T>* b, compute<T>* sums,
-            int64_t first, int64_t units) {
+void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<unit<T>>& a, const unit<T>* b,
+            compute<T>* sums, int64_t first, int64_t units) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>, kVectors = kStrip / L;
   const C scale = static_cast<C>(x.a.spec.scale);
   vectors(run.c0 * kVectors, run.c1 * kVectors, [&](int g, auto V) {
     tiles<V.value>(run.r1 - run.r0, [&](int64_t r, auto R) {
       const int64_t row = run.r0 + r;
-      product<R.value, V.value, C>(
-          a.rows + row * a.stride + first * int64_t(sizeof(*b)), a.stride, sizeof(*b), b + first * kBlock + g * L, kBlock, units, [&](auto& acc) {
-            LLMFAST_UNROLL for (int i = 0; i < R.value; i++) LLMFAST_UNROLL for (int v = 0; v < V.value; v++) {
-              const int64_t at = (row + i) * kBlock + (g + v) * L;
-              vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
-              if constexpr (kPass == kWeights) y = exponential<C>(y * scale - w.lse[row + i]);
-              if constexpr (kPass == kGradients) y = load(w.p + at) * scale * (y - w.delta[row + i]);
-              if constexpr (kPass != kSum) {
-                if (run.edge) y = visible(x, row + i, g + v, y);
-                acc[i][v] = y;
-              }
-              if constexpr (!(kPairs<T> && kPass == kGradients)) store(sums + at, y);
-            }
-            if constexpr (kPairs<T> && kPass != kSum)
-              LLMFAST_UNROLL for (int i = 0; i < R.value; i += 2) LLMFAST_UNROLL for (int v = 0; v < V.value; v++) {
-                constexpr bool kOdd = R.value % 2;
-                const int64_t at = (row + i) / 2 * kBlock + (g + v) * L;
-                store((kPass == kWeights ? w.p_pairs : w.s_pairs) + at, pairs(acc[i][v], kOdd ? vec{} : acc[i + !kOdd][v]));
-                if constexpr (kPass == kGradients) {
-                  storeu(w.s_rows + (row + i) * kBlock + (g + v) * L, acc[i][v]);
-                  if constexpr (!kOdd) storeu(w.s_rows + (row + i + 1) * kBlock + (g + v) * L, acc[i + 1][v]);
-                }
-              }
-          });
+      product<R.value, V.value, C>(a.rows + row * a.stride + first * int64_t(sizeof(*b)), a.stride, sizeof(*b),
+                                   b + first * kBlock + g * L, kBlock, units, [&](auto& acc) {
+                                     LLMFAST_UNROLL
+                                     for (int i = 0; i < R.value; i++) LLMFAST_UNROLL
+                                     for (int v = 0; v < V.value; v++) {
+                                       const int64_t at = (row + i) * kBlock + (g + v) * L;
+                                       vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
+                                       if constexpr (kPass == kWeights) y = exponential<C>(y * scale - w.lse[row + i]);
+                                       if constexpr (kPass == kGradients)
+                                         y = load(w.p + at) * scale * (y - w.delta[row + i]);
+                                       if constexpr (kPass != kSum) {
+                                         if (run.edge) y = visible(x, row + i, g + v, y);
+                                         acc[i][v] = y;
+                                       }
+                                       if constexpr (!(kPairs<T> && kPass == kGradients)) store(sums + at, y);
+                                     }
+                                     if constexpr (kPairs<T> && kPass != kSum) LLMFAST_UNROLL
+                                     for (int i = 0; i < R.value; i += 2) LLMFAST_UNROLL
+                                     for (int v = 0; v < V.value; v++) {
+                                       constexpr bool kOdd = R.value % 2;
+                                       const int64_t at = (row + i) / 2 * kBlock + (g + v) * L;
+                                       store((kPass == kWeights ? w.p_pairs : w.s_pairs) + at,
+                                             pairs(acc[i][v], kOdd ? vec{} : acc[i + !kOdd][v]));
+                                       if constexpr (kPass == kGradients) {
+                                         storeu(w.s_rows + (row + i) * kBlock + (g + v) * L, acc[i][v]);
+                                         if constexpr (!kOdd)
+                                           storeu(w.s_rows + (row + i + 1) * kBlock + (g + v) * L, acc[i + 1][v]);
+                                       }
+                                     }
+                                   });
     });
   });
 }
@@ -207,11 +225,16 @@ template <class C>
 LLMFAST_INLINE void row_of(const Tensor& t, int64_t at, int64_t n, C* to) {
   const int64_t stride = t.stride[3];
   switch (t.dtype) {
-    case Dtype::kFloat32: return row_of(reinterpret_cast<const float*>(t.data) + at, stride, n, to);
-    case Dtype::kBFloat16: return row_of(reinterpret_cast<const bf16*>(t.data) + at, stride, n, to);
-    case Dtype::kFloat16: return row_of(reinterpret_cast<const f16*>(t.data) + at, stride, n, to);
-    case Dtype::kBool: return row_of(reinterpret_cast<const uint8_t*>(t.data) + at, stride, n, to);
-    default: return row_of(reinterpret_cast<const double*>(t.data) + at, stride, n, to);
+    case Dtype::kFloat32:
+      return row_of(reinterpret_cast<const float*>(t.data) + at, stride, n, to);
+    case Dtype::kBFloat16:
+      return row_of(reinterpret_cast<const bf16*>(t.data) + at, stride, n, to);
+    case Dtype::kFloat16:
+      return row_of(reinterpret_cast<const f16*>(t.data) + at, stride, n, to);
+    case Dtype::kBool:
+      return row_of(reinterpret_cast<const uint8_t*>(t.data) + at, stride, n, to);
+    default:
+      return row_of(reinterpret_cast<const double*>(t.data) + at, stride, n, to);
   }
 }
 
@@ -225,8 +248,9 @@ LLMFAST_INLINE void keep_row(const Block<T>& x, int64_t row, compute<T>* kept) {
   const uint32_t threshold = static_cast<uint32_t>(p < 1 ? p * 4294967296. : 0);
   const uint64_t key = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(x.a.extras.seed.data));
   for (int j = 0; j < kBlock; j += 4 * kLanes) {
-    wvec c[4] = {(wvec)iota<int32_t>() + static_cast<uint32_t>((x.j0 + j) / 4), wvec{} + static_cast<uint32_t>(x.i0 + row),
-                 wvec{} + static_cast<uint32_t>(x.h), wvec{} + static_cast<uint32_t>(x.seq.b)};
+    wvec c[4] = {(wvec)iota<int32_t>() + static_cast<uint32_t>((x.j0 + j) / 4),
+                 wvec{} + static_cast<uint32_t>(x.i0 + row), wvec{} + static_cast<uint32_t>(x.h),
+                 wvec{} + static_cast<uint32_t>(x.seq.b)};
     philox(c, key);
     const wvec even[2] = {zip_low(c[0], c[2], lanes), zip_high(c[0], c[2], lanes)};
     const wvec odd[2] = {zip_low(c[1], c[3], lanes), zip_high(c[1], c[3], lanes)};
@@ -246,7 +270,9 @@ void weights(const Block<T>& x, Workspace<T>& w, const Run& run) {
   const Extras& e = x.a.extras;
   const C scale = static_cast<C>(spec.scale), cap = static_cast<C>(spec.softcap);
   const Tensor& slopes = e.alibi_slopes;
-  const C slope = slopes ? element<C>(slopes, slopes.dim == 2 ? x.seq.b * slopes.stride[0] + x.h * slopes.stride[1] : x.h * slopes.stride[0]) : C(0);
+  const C slope = slopes ? element<C>(slopes, slopes.dim == 2 ? x.seq.b * slopes.stride[0] + x.h * slopes.stride[1]
+                                                              : x.h * slopes.stride[0])
+                         : C(0);
   auto start = [&](const Tensor& t, int64_t r) {
     return x.seq.b * t.stride[0] + x.h * t.stride[1] + (x.i0 + r) * t.stride[2] + x.j0 * t.stride[3];
   };
@@ -296,7 +322,8 @@ void gradients(const Block<T>& x, Workspace<T>& w, const Run& run) {
       store(w.s + at, p == 0 ? vec_of<C>{} : p * (dp - w.delta[r]));
     }
     if (db) {
-      C* to = reinterpret_cast<C*>(db.data) + x.seq.b * db.stride[0] + x.h * db.stride[1] + (x.i0 + r) * db.stride[2] + x.j0 * db.stride[3];
+      C* to = reinterpret_cast<C*>(db.data) + x.seq.b * db.stride[0] + x.h * db.stride[1] + (x.i0 + r) * db.stride[2] +
+              x.j0 * db.stride[3];
       const int64_t end = min<int64_t>(run.c1 * kStrip, x.nk), step = db.stride[3];
       if (step) {
         for (int64_t j = run.c0 * kStrip; j < end; j++) to[j * step] += ds[j];
@@ -333,7 +360,8 @@ int runs_of(const Block<T>& x, Run (&runs)[kStrips]) {
     const int r1 = static_cast<int>(min<int64_t>(r + kStrip, x.nq));
     const int64_t diagonal = x.i0 + r + x.offset - x.j0, span = r1 - 1 - r;
     const int64_t low = diagonal - x.a.spec.left, high = diagonal + x.a.spec.right + 1;  // row r sees [low, high)
-    const int c0 = static_cast<int>(clamp(low, 0, x.nk) / kStrip), c1 = static_cast<int>((clamp(high + span, 0, x.nk) + kStrip - 1) / kStrip);
+    const int c0 = static_cast<int>(clamp(low, 0, x.nk) / kStrip),
+              c1 = static_cast<int>((clamp(high + span, 0, x.nk) + kStrip - 1) / kStrip);
     if (c1 <= c0) continue;
     const bool edge = low + span > c0 * kStrip || high < c1 * kStrip || x.nk < c1 * kStrip;
     Run* last = count ? runs + count - 1 : nullptr;
@@ -360,7 +388,8 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
   const Staged<U> qs = stage(q, x.a.q.stride[2], x.nq, D, w.q_copy, w.q_rows);
   const Staged<U> dos = stage(dout, x.a.dout.stride[2], x.nq, Dv, w.do_copy, w.do_rows);
   auto at = [&](const Tensor& t) {
-    return reinterpret_cast<const C*>(t.data) + x.seq.batch * t.stride[0] + x.h * t.stride[1] + (x.seq.q0 + x.i0) * t.stride[2];
+    return reinterpret_cast<const C*>(t.data) + x.seq.batch * t.stride[0] + x.h * t.stride[1] +
+           (x.seq.q0 + x.i0) * t.stride[2];
   };
   const C *lse = at(x.a.lse), *delta = at(x.a.delta);
   for (int64_t i = 0; i < x.nq; i++) {
@@ -407,18 +436,18 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
     if (end[c] <= begin[c]) continue;
     const int64_t j = c * kStrip, keys = min<int64_t>(u * kStrip, x.nk) - j;
     const int64_t from = begin[c] / kPer, n = (end[c] + kPer - 1) / kPer - from, skip = (from * kBlock + j) * sizeof(U);
-    add_product(w.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U), dos.units + from * dos.units_stride,
-                dos.units_stride, n);
-    add_product(w.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U), qs.units + from * qs.units_stride,
-                qs.units_stride, n);
+    add_product(w.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U),
+                dos.units + from * dos.units_stride, dos.units_stride, n);
+    add_product(w.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U),
+                qs.units + from * qs.units_stride, qs.units_stride, n);
   }
   const char* rows = kPairs<T> ? reinterpret_cast<const char*>(w.s_rows) : sc;
   const int64_t row_bytes = kBlock * (kPairs<T> ? 2 : sizeof(C));
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     const int64_t from = run.c0 * kStrip / kPer, to = (min<int64_t>(run.c1 * kStrip, x.nk) + kPer - 1) / kPer;
-    add_product(dq + run.r0 * sdq, sdq, run.r1 - run.r0, D, rows + run.r0 * row_bytes + from * int64_t(sizeof(U)), row_bytes, sizeof(U),
-                k.units + from * k.units_stride, k.units_stride, to - from);
+    add_product(dq + run.r0 * sdq, sdq, run.r1 - run.r0, D, rows + run.r0 * row_bytes + from * int64_t(sizeof(U)),
+                row_bytes, sizeof(U), k.units + from * k.units_stride, k.units_stride, to - from);
   }
 }
 
@@ -439,8 +468,8 @@ struct Gradient {
 
 // Key blocks [j0, j1) of one sequence and kv head against all queries: dk and dv, and their part of dq.
 template <class T>
-void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t group, int64_t j0, int64_t j1, bool adjusts,
-          Workspace<T>& w, const Gradient<compute<T>>& dq) {
+void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t group, int64_t j0, int64_t j1,
+          bool adjusts, Workspace<T>& w, const Gradient<compute<T>>& dq) {
   constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], offset = s.Nk - s.Nq;
   auto at = [&](const Tensor& t, int64_t head, int64_t row) {
@@ -450,14 +479,17 @@ void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t gro
     const int64_t nk = min<int64_t>(kBlock, s.Nk - j0);
     const auto ks = stage<T>(at(a.k, hk, s.k0 + j0), a.k.stride[2], nk, D, w.k_copy, w.k_rows);
     transpose_rows(ks, nk, (D + kPer - 1) / kPer, w.kt);
-    transpose_rows(stage<T>(at(a.v, hk, s.k0 + j0), a.v.stride[2], nk, Dv, w.do_copy, nullptr), nk, (Dv + kPer - 1) / kPer, w.vt);
+    transpose_rows(stage<T>(at(a.v, hk, s.k0 + j0), a.v.stride[2], nk, Dv, w.do_copy, nullptr), nk,
+                   (Dv + kPer - 1) / kPer, w.vt);
     memset(w.dk, 0, nk * wide(D) * sizeof(*w.dk)), memset(w.dv, 0, nk * wide(Dv) * sizeof(*w.dv));
-    const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq), end = clamp(j0 + nk - offset + a.spec.left, first, s.Nq);
+    const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq),
+                  end = clamp(j0 + nk - offset + a.spec.left, first, s.Nq);
     for (int64_t g = 0; g < group; g++)
       for (int64_t i = first; i < end; i += kBlock) {
         const int64_t h = hk * group + g;
         const Block<T> x{a, s, h, i, min<int64_t>(kBlock, end - i), j0, nk, offset};
-        block<T>(x, w, at(a.q, h, s.q0 + i), at(a.dout, h, s.q0 + i), ks, adjusts, dq.data + g * dq.head + i * dq.row, dq.row);
+        block<T>(x, w, at(a.q, h, s.q0 + i), at(a.dout, h, s.q0 + i), ks, adjusts, dq.data + g * dq.head + i * dq.row,
+                 dq.row);
       }
     for (int64_t j = 0; j < nk; j++) {
       narrow<T>(w.dk + j * wide(D), D, at(a.dk, hk, s.k0 + j0 + j));
@@ -498,8 +530,10 @@ void sink_gradients(const AttentionBackward& a) {
     double sum = 0;
     for (int64_t b = 0; b < a.q.size[0]; b++)
       for (int64_t i = 0; i < a.q.size[2]; i++) {
-        const C lse = reinterpret_cast<const C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]];
-        const C delta = reinterpret_cast<const C*>(a.delta.data)[b * a.delta.stride[0] + h * a.delta.stride[1] + i * a.delta.stride[2]];
+        const C lse =
+            reinterpret_cast<const C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]];
+        const C delta = reinterpret_cast<const C*>(
+            a.delta.data)[b * a.delta.stride[0] + h * a.delta.stride[1] + i * a.delta.stride[2]];
         if (lse != -kInfOf<C>) sum -= exp(sink - lse) * delta;
       }
     reinterpret_cast<C*>(a.dsinks.data)[h * a.dsinks.stride[0]] = static_cast<C>(sum);
@@ -534,7 +568,9 @@ void run(const AttentionBackward& a) {
   C* const parts = split ? static_cast<C*>(aligned_alloc(64, max<int64_t>(64, most * part * sizeof(C)))) : nullptr;
   if (split && !parts) abort();
   auto finish = [&](const Sequence& s, int64_t h, int64_t i, const C* row) {
-    narrow<T>(row, D, reinterpret_cast<T*>(a.dq.data) + s.batch * a.dq.stride[0] + h * a.dq.stride[1] + (s.q0 + i) * a.dq.stride[2]);
+    narrow<T>(
+        row, D,
+        reinterpret_cast<T*>(a.dq.data) + s.batch * a.dq.stride[0] + h * a.dq.stride[1] + (s.q0 + i) * a.dq.stride[2]);
   };
 #pragma omp parallel if (tasks > 1)
   {
@@ -551,14 +587,17 @@ void run(const AttentionBackward& a) {
             if (c >= n) continue;
             C* data = parts + c * part + ((s.batch * H + hk * group) * Nq + s.q0) * W;
             for (int64_t g = 0; g < group; g++) memset(data + g * Nq * W, 0, head * sizeof(C));
-            keys(a, s, hk, group, chunk_start(s.Nk, c), chunk_start(s.Nk, c + 1), adjusts, w, Gradient<C>{data, Nq * W, W});
+            keys(a, s, hk, group, chunk_start(s.Nk, c), chunk_start(s.Nk, c + 1), adjusts, w,
+                 Gradient<C>{data, Nq * W, W});
             continue;
           }
-          C* const own = static_cast<C*>(sums.bytes(max<int64_t>(64, ((in_place ? 0 : 1) + (n > 1)) * group * head * sizeof(C))));
+          C* const own =
+              static_cast<C*>(sums.bytes(max<int64_t>(64, ((in_place ? 0 : 1) + (n > 1)) * group * head * sizeof(C))));
           Gradient<C> total{own, head, W};
           const Gradient<C> next{own + (in_place ? 0 : group * head), head, W};
           if (in_place)
-            total = {reinterpret_cast<C*>(a.dq.data) + s.batch * a.dq.stride[0] + hk * group * a.dq.stride[1] + s.q0 * a.dq.stride[2],
+            total = {reinterpret_cast<C*>(a.dq.data) + s.batch * a.dq.stride[0] + hk * group * a.dq.stride[1] +
+                         s.q0 * a.dq.stride[2],
                      a.dq.stride[1], a.dq.stride[2]};
           for (int64_t g = 0; g < group; g++)
             for (int64_t i = 0; i < s.Nq; i++) memset(total.data + g * total.head + i * total.row, 0, D * sizeof(C));
@@ -568,8 +607,10 @@ void run(const AttentionBackward& a) {
               keys(a, s, hk, group, j0, j1, adjusts, w, total);
               continue;
             }
-            const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq), end = clamp(j1 - offset + a.spec.left, first, s.Nq);
-            for (int64_t g = 0; g < group; g++) memset(next.data + g * head + first * W, 0, (end - first) * W * sizeof(C));
+            const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq),
+                          end = clamp(j1 - offset + a.spec.left, first, s.Nq);
+            for (int64_t g = 0; g < group; g++)
+              memset(next.data + g * head + first * W, 0, (end - first) * W * sizeof(C));
             keys(a, s, hk, group, j0, j1, adjusts, w, next);
             for (int64_t g = 0; g < group; g++)
               for (int64_t i = first; i < end; i++) {
@@ -610,7 +651,8 @@ void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
     const int64_t b = t / (H * groups), h = t / groups % H, i0 = t % groups * L, n = min<int64_t>(L, Nq - i0);
     auto lanes = [&](const Tensor& x, int64_t d, auto& r) {  // r[i]: unit d / units + i of each row
       const T* p = reinterpret_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1] + i0 * x.stride[2] + d;
-      LLMFAST_UNROLL for (int i = 0; i < L; i++, p += x.stride[2]) {
+      LLMFAST_UNROLL
+      for (int i = 0; i < L; i++, p += x.stride[2]) {
         r[i] = std::remove_reference_t<decltype(r[0])>{};
         if (i >= n) continue;
         if constexpr (kPairs<T>) {
@@ -627,7 +669,8 @@ void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
     for (int64_t d = 0; d < D; d += kStep) {
       decltype(load(static_cast<U*>(nullptr))) x[L], y[L];
       lanes(o, d, x), lanes(dout, d, y);
-      LLMFAST_UNROLL for (int i = 0; i < L; i++) {
+      LLMFAST_UNROLL
+      for (int i = 0; i < L; i++) {
         if constexpr (kPairs<T>) {
           acc = dot(acc, x[i], y[i]);
         } else {
@@ -644,19 +687,27 @@ void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
 
 void attention_backward(const AttentionBackward& a) {
   switch (a.q.dtype) {
-    case Dtype::kFloat32: return attention_bwd::run<float>(a);
-    case Dtype::kBFloat16: return attention_bwd::run<bf16>(a);
-    case Dtype::kFloat16: return attention_bwd::run<f16>(a);
-    default: return attention_bwd::run<double>(a);
+    case Dtype::kFloat32:
+      return attention_bwd::run<float>(a);
+    case Dtype::kBFloat16:
+      return attention_bwd::run<bf16>(a);
+    case Dtype::kFloat16:
+      return attention_bwd::run<f16>(a);
+    default:
+      return attention_bwd::run<double>(a);
   }
 }
 
 void rowdot(const Tensor& o, const Tensor& dout, const Tensor& delta) {
   switch (o.dtype) {
-    case Dtype::kFloat32: return attention_bwd::rowdot<float>(o, dout, delta);
-    case Dtype::kBFloat16: return attention_bwd::rowdot<bf16>(o, dout, delta);
-    case Dtype::kFloat16: return attention_bwd::rowdot<f16>(o, dout, delta);
-    default: return attention_bwd::rowdot<double>(o, dout, delta);
+    case Dtype::kFloat32:
+      return attention_bwd::rowdot<float>(o, dout, delta);
+    case Dtype::kBFloat16:
+      return attention_bwd::rowdot<bf16>(o, dout, delta);
+    case Dtype::kFloat16:
+      return attention_bwd::rowdot<f16>(o, dout, delta);
+    default:
+      return attention_bwd::rowdot<double>(o, dout, delta);
   }
 }
 

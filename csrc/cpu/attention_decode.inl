@@ -1,13 +1,16 @@
-// Attention of a few queries, o = softmax(scale q k^T) v with SIMD lanes over the head dim: k and v are streamed once, as they lie.
+// Attention of a few queries, o = softmax(scale q k^T) v with SIMD lanes over the head dim: k and v are streamed once,
+// as they lie.
 //
-// The rows of a task are the queries of all heads that share a kv head; its keys are one split of kSplit = 512, computed from a fresh
-// (m, l, acc). Partial results meet in key order by one formula, so the bits depend on the sequence alone. Up to 8 rows share each
-// load of k and v. L = kLanes dot products (R rows x L / R keys) are summed across lanes together.
-// Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a split: under 2 % with 8 heads in a group.
+// The rows of a task are the queries of all heads that share a kv head; its keys are one split of kSplit = 512,
+// computed from a fresh (m, l, acc). Partial results meet in key order by one formula, so the bits depend on the
+// sequence alone. Up to 8 rows share each load of k and v. L = kLanes dot products (R rows x L / R keys) are summed
+// across lanes together. Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a split: under 2 %
+// with 8 heads in a group.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_dec {
 
-constexpr int kBlock = 64;       // keys between two updates of the maximum: k and v blocks of 32 KiB (float32, D = 128) stay in L2
+constexpr int kBlock =
+    64;  // keys between two updates of the maximum: k and v blocks of 32 KiB (float32, D = 128) stay in L2
 constexpr int64_t kSplit = 512;  // enough tasks for the threads at 4 heads x 4096 keys
 
 template <class T>
@@ -19,7 +22,8 @@ struct Task {
   bool adjusts;
 };
 
-// Partial results of one task: acc (rows, wideDv), l and m (rows). The sum l is float64 from the lanes on: lse is rounded once.
+// Partial results of one task: acc (rows, wideDv), l and m (rows). The sum l is float64 from the lanes on: lse is
+// rounded once.
 template <class C>
 struct Partial {
   C* acc;
@@ -53,7 +57,8 @@ LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
 LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
 LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
 
-// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next block's k.
+// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next
+// block's k.
 template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
   using C = compute<T>;
@@ -62,17 +67,22 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
   for (int64_t j = 0; j < n; j += K) {
     vec_of<C> acc[L];
     const T* k[K];
-    LLMFAST_UNROLL for (int i = 0; i < L; i++) acc[i] = vec_of<C>{};
-    LLMFAST_UNROLL for (int t = 0; t < K; t++) {
+    LLMFAST_UNROLL
+    for (int i = 0; i < L; i++) acc[i] = vec_of<C>{};
+    LLMFAST_UNROLL
+    for (int t = 0; t < K; t++) {
       k[t] = w.k[min<int64_t>(j + t, n - 1)];
       for (int64_t d = 0; d < x.Dv; d += 64 / sizeof(T)) __builtin_prefetch(w.v[min<int64_t>(j + t, n - 1)] + d);
     }
     auto step = [&](int64_t d, auto part) __attribute__((always_inline)) {
       decltype(load(q)) y[K];
-      LLMFAST_UNROLL for (int t = 0; t < K; t++) y[t] = units<T, decltype(part)::value>(k[t] + d, x.D - d);
-      LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+      LLMFAST_UNROLL
+      for (int t = 0; t < K; t++) y[t] = units<T, decltype(part)::value>(k[t] + d, x.D - d);
+      LLMFAST_UNROLL
+      for (int r = 0; r < R; r++) {
         auto z = load(q + r * sq + d / kStep * L);
-        LLMFAST_UNROLL for (int t = 0; t < K; t++) acc[r * K + t] = product(acc[r * K + t], z, y[t]);
+        LLMFAST_UNROLL
+        for (int t = 0; t < K; t++) acc[r * K + t] = product(acc[r * K + t], z, y[t]);
       }
     };
     int64_t d = 0;
@@ -80,7 +90,8 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
     if (d < x.D) step(d, std::true_type{});
     alignas(64) C dots[L];
     store(dots, sums(acc));
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) __builtin_memcpy(w.s + r * kBlock + j, dots + r * K, K * sizeof(C));
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) __builtin_memcpy(w.s + r * kBlock + j, dots + r * K, K * sizeof(C));
   }
 }
 
@@ -90,13 +101,16 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
   using C = compute<T>;
   constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1, kStep = L * kPer;
   vec_of<C> a[R][Z * kPer];
-  LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int z = 0; z < Z * kPer; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
   for (int64_t j = 0; j < n; j += kPer) {
     decltype(load(w.q)) v[Z * kPer];
-    LLMFAST_UNROLL for (int y = 0; y < kPer; y++)
-        LLMFAST_UNROLL for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z);
-    LLMFAST_UNROLL for (int z = 0; z < Z; z++) {
+    LLMFAST_UNROLL
+    for (int y = 0; y < kPer; y++) LLMFAST_UNROLL
+    for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z);
+    LLMFAST_UNROLL
+    for (int z = 0; z < Z; z++) {
       const int64_t at = d + z * kStep;
       v[z * kPer] = units<T, kPart>(w.v[j] + at, x.Dv - at);
       if constexpr (kPairs<T>) {
@@ -104,19 +118,25 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
         interleave(v[z * 2], odd, v[z * 2], v[z * 2 + 1]);
       }
     }
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) {
       auto p = splat(read<unit<T>>(reinterpret_cast<const char*>(w.s + r * kBlock), j / kPer));
-      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) a[r][z] = product(a[r][z], p, v[z]);
+      LLMFAST_UNROLL
+      for (int z = 0; z < Z * kPer; z++) a[r][z] = product(a[r][z], p, v[z]);
     }
   }
-  LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int z = 0; z < Z * kPer; z++) store(acc + r * x.wideDv + d + z * L, a[r][z]);
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int z = 0; z < Z * kPer; z++) store(acc + r * x.wideDv + d + z * L, a[r][z]);
 }
 
 template <int R, class T>
 LLMFAST_INLINE void accumulate_row(const Task<T>& x, Workspace<T>& w, int64_t n, compute<T>* acc) {
   constexpr int kPer = kPairs<T> ? 2 : 1, kStep = kLanesOf<compute<T>> * kPer;
-  constexpr int kFit = (kLanes == 16 ? 16 : 8) / R / kPer, kMost = 4 / kPer, Z = kFit < 1 ? 1 : kFit > kMost ? kMost : kFit;
+  constexpr int kFit = (kLanes == 16 ? 16 : 8) / R / kPer, kMost = 4 / kPer,
+                Z = kFit < 1       ? 1
+                    : kFit > kMost ? kMost
+                                   : kFit;
   int64_t d = 0;
   for (; d + Z * kStep <= x.Dv; d += Z * kStep) accumulate<R, Z, false>(x, w, n, d, acc);
   for (; d + kStep <= x.Dv; d += kStep) accumulate<R, 1, false>(x, w, n, d, acc);
@@ -130,10 +150,14 @@ LLMFAST_INLINE const C* row_of(const Tensor& t, int64_t at, int64_t n, C* to) {
   if constexpr (std::is_same_v<C, float>) {
     if (sj == 1 && t.dtype != Dtype::kFloat64) {
       switch (t.dtype) {
-        case Dtype::kFloat32: return widen(reinterpret_cast<const float*>(t.data) + at, n, to), to;
-        case Dtype::kBFloat16: return widen(reinterpret_cast<const bf16*>(t.data) + at, n, to), to;
-        case Dtype::kFloat16: return widen(reinterpret_cast<const f16*>(t.data) + at, n, to), to;
-        default: return widen(reinterpret_cast<const uint8_t*>(t.data) + at, n, to), to;
+        case Dtype::kFloat32:
+          return widen(reinterpret_cast<const float*>(t.data) + at, n, to), to;
+        case Dtype::kBFloat16:
+          return widen(reinterpret_cast<const bf16*>(t.data) + at, n, to), to;
+        case Dtype::kFloat16:
+          return widen(reinterpret_cast<const f16*>(t.data) + at, n, to), to;
+        default:
+          return widen(reinterpret_cast<const uint8_t*>(t.data) + at, n, to), to;
       }
     }
   }
@@ -141,9 +165,11 @@ LLMFAST_INLINE const C* row_of(const Tensor& t, int64_t at, int64_t n, C* to) {
   return to;
 }
 
-// Scale, softcap, bias, ALiBi, mask and band over n scores of one row, then m, l, alpha, and P in place of S; lanes are keys.
+// Scale, softcap, bias, ALiBi, mask and band over n scores of one row, then m, l, alpha, and P in place of S; lanes are
+// keys.
 template <class T>
-LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t row, int64_t j0, int64_t n, compute<T>& m) {
+LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t row, int64_t j0, int64_t n,
+                            compute<T>& m) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>, N = kBlock / L;
@@ -154,8 +180,12 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   const double c = (x.adjusts ? 1 : __builtin_fabs(spec.scale)) * 1.4426950408889634;
   C* const s = w.s + r * kBlock;
   V y[N];
-  LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = load(s + t * L);
-  auto each = [&](auto&& f) __attribute__((always_inline)) { LLMFAST_UNROLL for (int t = 0; t < N; t++) y[t] = f(y[t], t * L); };
+  LLMFAST_UNROLL
+  for (int t = 0; t < N; t++) y[t] = load(s + t * L);
+  auto each = [&](auto&& f) __attribute__((always_inline)) {
+    LLMFAST_UNROLL
+    for (int t = 0; t < N; t++) y[t] = f(y[t], t * L);
+  };
   if (x.adjusts) {
     each([&](V y, int) { return y * scale; });
     if (cap != 0) each([&](V y, int) { return tanh(y * (1 / cap)) * cap; });
@@ -185,18 +215,23 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
     });
   }
   V top = y[0];
-  LLMFAST_UNROLL for (int t = 1; t < N; t++) top = max(top, y[t]);
+  LLMFAST_UNROLL
+  for (int t = 1; t < N; t++) top = max(top, y[t]);
   C m_new = m;
-  LLMFAST_UNROLL for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
+  LLMFAST_UNROLL
+  for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
   const C base = m_new == -kInfOf<C> ? C(0) : m_new;  // no key yet: 0
   const V alpha = exp2_fine(splat(m) - base, c);
   V l = load(w.l + row * L) * alpha;
   each([&](V y, int) { return exp2_fine(y - base, c); });
-  LLMFAST_UNROLL for (int t = 0; t < N; t++) l += y[t];
+  LLMFAST_UNROLL
+  for (int t = 0; t < N; t++) l += y[t];
   if constexpr (kPairs<T>) {  // bf16 in key order: the lower half of the row
-    LLMFAST_UNROLL for (int t = 0; t < N; t++) storeu(reinterpret_cast<bf16*>(s) + t * L, y[t]);
+    LLMFAST_UNROLL
+    for (int t = 0; t < N; t++) storeu(reinterpret_cast<bf16*>(s) + t * L, y[t]);
   } else {
-    LLMFAST_UNROLL for (int t = 0; t < N; t++) store(s + t * L, y[t]);
+    LLMFAST_UNROLL
+    for (int t = 0; t < N; t++) store(s + t * L, y[t]);
   }
   store(w.l + row * L, l);
   w.alpha[r] = alpha[0], m = m_new;
@@ -249,8 +284,8 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
 
 // o and lse of one row from its splits, in key order.
 template <class T, class F>
-void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t splits, double to_natural, compute<T>* sum,
-           F&& partial) {
+void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t splits, double to_natural,
+           compute<T>* sum, F&& partial) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   const int64_t Dv = a.v.size[3];
@@ -281,7 +316,7 @@ void merge(const AttentionForward& a, int64_t b, int64_t h, int64_t i, int64_t s
     }
   }
   if (a.lse)
-    reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] = 
+    reinterpret_cast<C*>(a.lse.data)[b * a.lse.stride[0] + h * a.lse.stride[1] + i * a.lse.stride[2]] =
         l == 0 ? -kInfOf<C> : static_cast<C>(m + log(l));
 }
 
@@ -293,12 +328,13 @@ void run(const AttentionForward& a) {
   const int64_t group = Hk ? H / Hk : 1, rows = group * Nq, wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
   if (B * H * Nq == 0) return;
   const double scale = __builtin_fabs(a.spec.scale);
-  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20 ||
-                       std::is_same_v<C, double>;
+  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 ||
+                       scale < 1e-20 || std::is_same_v<C, double>;
   int64_t longest = 0;
   for (int64_t b = 0; b < B; b++) longest = max(longest, sequence(a.q, a.k, a.extras, b).Nk);
   const int64_t splits = max<int64_t>(1, (longest + kSplit - 1) / kSplit), tasks = B * Hk * splits;
-  const int64_t lengths = rows * int64_t(sizeof(double) / sizeof(C)), stride = rows * wideDv + (lengths + rows + 15) / 16 * 16;  // of one task's partial results
+  const int64_t lengths = rows * int64_t(sizeof(double) / sizeof(C)),
+                stride = rows * wideDv + (lengths + rows + 15) / 16 * 16;  // of one task's partial results
   static thread_local Scratch results;
   C* const all = static_cast<C*>(results.bytes(tasks * stride * sizeof(C)));
   auto partial = [&](int64_t task, int64_t row) {
@@ -317,8 +353,18 @@ void run(const AttentionForward& a) {
     for (int64_t t = 0; t < tasks; t++) {
       const int64_t b = t / splits / Hk, head = t / splits % Hk;
       const Sequence s = sequence(a.q, a.k, a.extras, b);
-      const Task<T> x{a, s, cpu::LLMFAST_ISA::rows<T>(a.k, a.extras, s, head), cpu::LLMFAST_ISA::rows<T>(a.v, a.extras, s, head), head, group, D, Dv, wideD, wideDv,
-                      s.Nk - Nq, adjusts};
+      const Task<T> x{a,
+                      s,
+                      cpu::LLMFAST_ISA::rows<T>(a.k, a.extras, s, head),
+                      cpu::LLMFAST_ISA::rows<T>(a.v, a.extras, s, head),
+                      head,
+                      group,
+                      D,
+                      Dv,
+                      wideD,
+                      wideDv,
+                      s.Nk - Nq,
+                      adjusts};
       const int64_t first = max(t % splits * kSplit, x.offset - a.spec.left);  // keys that some query sees
       const int64_t end = min(min((t % splits + 1) * kSplit, s.Nk), Nq + x.offset + a.spec.right);
       split(x, w, partial(t, 0), first, end);
@@ -338,10 +384,14 @@ void run(const AttentionForward& a) {
 void attention_decode(const AttentionForward& a) {
   if (a.q.size[2] > kDecodeQueries) return attention_forward(a);
   switch (a.q.dtype) {
-    case Dtype::kFloat32: return attention_dec::run<float>(a);
-    case Dtype::kBFloat16: return attention_dec::run<bf16>(a);
-    case Dtype::kFloat16: return attention_dec::run<f16>(a);
-    default: return attention_dec::run<double>(a);
+    case Dtype::kFloat32:
+      return attention_dec::run<float>(a);
+    case Dtype::kBFloat16:
+      return attention_dec::run<bf16>(a);
+    case Dtype::kFloat16:
+      return attention_dec::run<f16>(a);
+    default:
+      return attention_dec::run<double>(a);
   }
 }
 

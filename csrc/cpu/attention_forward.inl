@@ -1,13 +1,15 @@
 // Attention forward, o = softmax(scale q k^T) v, flash form with SIMD lanes over queries.
 //
-// One task is kRows = 64 queries of one (sequence, head). q is transposed once; k is broadcast element by element straight from
-// memory, so it is never packed; maxima, sums and rescaling are vertical. |scale| * log2(e) enters with the exponential as one
-// fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96: with D = 64, S 24 KiB + Q 16 + O 16 stay in L2.
-// Where the machine has bf16 dot products, the unit of the two products is a pair: of head dims in q k^T, of keys in p v (p packed
-// over S, v interleaved block by block). Other half precision, and pages, are copied block by block to scratch.
+// One task is kRows = 64 queries of one (sequence, head). q is transposed once; k is broadcast element by element
+// straight from memory, so it is never packed; maxima, sums and rescaling are vertical. |scale| * log2(e) enters with
+// the exponential as one fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96: with D = 64, S 24 KiB
+// + Q 16 + O 16 stay in L2. Where the machine has bf16 dot products, the unit of the two products is a pair: of head
+// dims in q k^T, of keys in p v (p packed over S, v interleaved block by block). Other half precision, and pages, are
+// copied block by block to scratch.
 namespace llmfast::cpu::LLMFAST_ISA {
 
-constexpr int64_t kDecodeQueries = 8;  // from 9 on the 64-row tiles are faster, whatever Nk and the group (measured on Zen 5)
+constexpr int64_t kDecodeQueries =
+    8;  // from 9 on the 64-row tiles are faster, whatever Nk and the group (measured on Zen 5)
 
 namespace attention_fwd {
 
@@ -20,8 +22,11 @@ constexpr bool kFma = true;
 constexpr bool kFma = false;
 #endif
 template <class C>  // head dims summed in one accumulator, so that long sums err no more than a BLAS
-constexpr int64_t kChunk = std::is_same_v<C, double> ? 16 : kFma ? 64 : 32;
-// The same for a sequence of few queries, where the errors of a long chain don't average out. Forward and backward must agree.
+constexpr int64_t kChunk = std::is_same_v<C, double> ? 16
+                           : kFma                    ? 64
+                                                     : 32;
+// The same for a sequence of few queries, where the errors of a long chain don't average out. Forward and backward must
+// agree.
 template <class C>
 LLMFAST_INLINE int64_t chunk(int64_t Nq) {
   return Nq <= kDecodeQueries ? 8 : kChunk<C>;
@@ -42,8 +47,8 @@ struct Block {
 template <class T>
 struct Workspace {
   using C = compute<T>;
-  unit<T>*qt, *v;  // (D, 64) and (96, Dv), in units
-  T* k_copy;       // bf16 pairs that can't be read in place: (96, D)
+  unit<T>*qt, *v;       // (D, 64) and (96, Dv), in units
+  T* k_copy;            // bf16 pairs that can't be read in place: (96, D)
   C *k, *s, *o, *tile;  // (96, D), (96, 64), (Dv, 64), (16, 64)
   alignas(64) C m[kRows], l[kRows], alpha[kRows];
 };
@@ -54,16 +59,23 @@ LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units
   constexpr int L = kLanesOf<C>;
   for (int64_t d0 = 0; d0 == 0 || d0 < units; d0 += chunk) {
     vec_of<C> acc[R][V];
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) LLMFAST_UNROLL
+    for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
     for (int64_t d = d0; d < min(units, d0 + chunk); d++) {
       decltype(load(qt)) q[V];
-      LLMFAST_UNROLL for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
-      LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+      LLMFAST_UNROLL
+      for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
+      LLMFAST_UNROLL
+      for (int r = 0; r < R; r++) {
         U x = read<U>(k + r * sk, d);
-        LLMFAST_UNROLL for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, q[v]);
+        LLMFAST_UNROLL
+        for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, q[v]);
       }
     }
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) LLMFAST_UNROLL for (int v = 0; v < V; v++) {
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) LLMFAST_UNROLL
+    for (int v = 0; v < V; v++) {
       C* at = s + r * kRows + v * L;
       store(at, d0 ? load(at) + acc[r][v] : acc[r][v]);
     }
@@ -75,18 +87,23 @@ template <int R, int V, class C, class U>
 LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t units, C* o, const C* alpha) {
   constexpr int L = kLanesOf<C>;
   vec_of<C> acc[R][V];
-  LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * L) * load(alpha + x * L);
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * L) * load(alpha + x * L);
   for (int64_t j = 0; j < units; j++) {
     decltype(load(p)) w[V];
-    LLMFAST_UNROLL for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * L);
-    LLMFAST_UNROLL for (int r = 0; r < R; r++) {
+    LLMFAST_UNROLL
+    for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * L);
+    LLMFAST_UNROLL
+    for (int r = 0; r < R; r++) {
       U y = read<U>(v + j * sv, r);
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) acc[r][x] = multiply_add<C>(acc[r][x], y, w[x]);
+      LLMFAST_UNROLL
+      for (int x = 0; x < V; x++) acc[r][x] = multiply_add<C>(acc[r][x], y, w[x]);
     }
   }
-  LLMFAST_UNROLL for (int r = 0; r < R; r++)
-      LLMFAST_UNROLL for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
 }
 
 // Calls f<R>(first row) over n rows, in tiles that fill the registers beside V vectors.
@@ -174,11 +191,16 @@ void strip_of(const Block<T>& x, const Tensor& t, int64_t j0, int64_t n, compute
   const int64_t si = t.stride[2], sj = t.stride[3];
   const int64_t at = x.seq.b * t.stride[0] + x.h * t.stride[1] + x.i0 * si + j0 * sj;
   switch (t.dtype) {
-    case Dtype::kFloat32: return strip_of(reinterpret_cast<const float*>(t.data) + at, si, sj, x.nq, n, tile);
-    case Dtype::kBFloat16: return strip_of(reinterpret_cast<const bf16*>(t.data) + at, si, sj, x.nq, n, tile);
-    case Dtype::kFloat16: return strip_of(reinterpret_cast<const f16*>(t.data) + at, si, sj, x.nq, n, tile);
-    case Dtype::kBool: return strip_of(reinterpret_cast<const uint8_t*>(t.data) + at, si, sj, x.nq, n, tile);
-    default: return strip_of(reinterpret_cast<const double*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kFloat32:
+      return strip_of(reinterpret_cast<const float*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kBFloat16:
+      return strip_of(reinterpret_cast<const bf16*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kFloat16:
+      return strip_of(reinterpret_cast<const f16*>(t.data) + at, si, sj, x.nq, n, tile);
+    case Dtype::kBool:
+      return strip_of(reinterpret_cast<const uint8_t*>(t.data) + at, si, sj, x.nq, n, tile);
+    default:
+      return strip_of(reinterpret_cast<const double*>(t.data) + at, si, sj, x.nq, n, tile);
   }
 }
 
@@ -243,8 +265,8 @@ LLMFAST_INLINE void drop(const Block<T>& x, compute<T>* p, int64_t j0, int64_t n
   const uint64_t key = static_cast<uint64_t>(*reinterpret_cast<const int64_t*>(x.a.extras.seed.data));
   for (int64_t j = 0; j < n; j += 4) {
     wvec c[4] = {wvec{} + static_cast<uint32_t>((j0 + j) / 4),
-                 (wvec)iota<int32_t>() + static_cast<uint32_t>(x.i0 + g * L),
-                 wvec{} + static_cast<uint32_t>(x.h), wvec{} + static_cast<uint32_t>(x.seq.b)};
+                 (wvec)iota<int32_t>() + static_cast<uint32_t>(x.i0 + g * L), wvec{} + static_cast<uint32_t>(x.h),
+                 wvec{} + static_cast<uint32_t>(x.seq.b)};
     philox(c, key);
     for (int word = 0; word < min<int64_t>(4, n - j); word++) {
       C* at = p + (j + word) * kRows + g * L;
@@ -282,7 +304,10 @@ LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
         const bool part = x.Dv - d < kStep;
         ivec low, high;
         interleave(loadu(reinterpret_cast<const int32_t*>(part ? parts[0] : a + d)),
-                   loadu(reinterpret_cast<const int32_t*>(part ? parts[1] : b ? b + d : zeros)), low, high);
+                   loadu(reinterpret_cast<const int32_t*>(part ? parts[1]
+                                                          : b  ? b + d
+                                                               : zeros)),
+                   low, high);
         store(w.v + j / 2 * sv + d, low), store(w.v + j / 2 * sv + d + kLanes, high);
       }
     }
@@ -294,7 +319,8 @@ LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
     return {chars(w.k_copy), chars(w.v), sk * 2, sv * 4};
   } else {
     if constexpr (std::is_same_v<T, C>)
-      if (whole) return {chars(x.k.at(j0)), chars(x.v.at(j0)), x.k.stride * int64_t(sizeof(T)), x.v.stride * int64_t(sizeof(T))};
+      if (whole)
+        return {chars(x.k.at(j0)), chars(x.v.at(j0)), x.k.stride * int64_t(sizeof(T)), x.v.stride * int64_t(sizeof(T))};
     const int64_t sk = (x.D + 15) / 16 * 16, sv = (x.Dv + 15) / 16 * 16;
     for (int64_t j = 0; j < n; j++) widen(x.k.at(j0 + j), x.D, w.k + j * sk), widen(x.v.at(j0 + j), x.Dv, w.v + j * sv);
     return {chars(w.k), chars(w.v), sk * int64_t(sizeof(C)), sv * int64_t(sizeof(C))};
@@ -303,7 +329,8 @@ LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
 
 // One vector of queries over the strips of S it sees: m, l, alpha, and P in place of S.
 template <class T>
-LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n, int g, const int* v0, const int* v1, compute<T> c) {
+LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n, int g, const int* v0,
+                            const int* v1, compute<T> c) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   using V = vec_of<C>;
@@ -336,7 +363,8 @@ LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
     if (x.a.spec.dropout_p != 0) drop(x, w.s + first * kRows, j0 + first, end - first, g);
     if constexpr (kPairs<T>)
       for (j = first; j < end; j += 2)
-        store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows, pairs(load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{}));
+        store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows,
+              pairs(load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{}));
   });
   store(w.m + g * L, m_new);
   store(w.alpha + g * L, alpha);
@@ -422,8 +450,8 @@ void block(const Block<T>& x, Workspace<T>& w) {
     runs([&](int64_t j, int64_t m, int a0, int a1) {
       vectors(a0, a1, [&](int g, auto V) {
         tiles<V.value>(m, [&](int64_t r, auto R) {
-          scores<R.value, V.value, C, U>(w.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer, chunk<C>(x.seq.Nq),
-                                         w.s + (j + r) * kRows + g * L);
+          scores<R.value, V.value, C, U>(w.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer,
+                                         chunk<C>(x.seq.Nq), w.s + (j + r) * kRows + g * L);
         });
       });
     });
@@ -518,10 +546,14 @@ void run(const AttentionForward& a) {
 
 void attention_forward(const AttentionForward& a) {
   switch (a.q.dtype) {
-    case Dtype::kFloat32: return attention_fwd::run<float>(a);
-    case Dtype::kBFloat16: return attention_fwd::run<bf16>(a);
-    case Dtype::kFloat16: return attention_fwd::run<f16>(a);
-    default: return attention_fwd::run<double>(a);
+    case Dtype::kFloat32:
+      return attention_fwd::run<float>(a);
+    case Dtype::kBFloat16:
+      return attention_fwd::run<bf16>(a);
+    case Dtype::kFloat16:
+      return attention_fwd::run<f16>(a);
+    default:
+      return attention_fwd::run<double>(a);
   }
 }
 

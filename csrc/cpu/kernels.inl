@@ -14,13 +14,9 @@
 
 namespace llmfast::cpu {
 const Kernels LLMFAST_TABLE = {
-    LLMFAST_NAME(LLMFAST_ISA),
-    LLMFAST_ISA::attention_forward,
-    LLMFAST_ISA::attention_decode,
-    LLMFAST_ISA::peak,
-    LLMFAST_ISA::attention_backward,
-    LLMFAST_ISA::rowdot,
-    LLMFAST_ISA::softmax_forward,
-    LLMFAST_ISA::softmax_backward,
+    LLMFAST_NAME(LLMFAST_ISA),       LLMFAST_ISA::attention_forward,
+    LLMFAST_ISA::attention_decode,   LLMFAST_ISA::peak,
+    LLMFAST_ISA::attention_backward, LLMFAST_ISA::rowdot,
+    LLMFAST_ISA::softmax_forward,    LLMFAST_ISA::softmax_backward,
 };
 }  // namespace llmfast::cpu

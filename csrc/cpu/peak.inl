@@ -1,8 +1,8 @@
 // What one core reaches: multiply-adds on registers alone, the roof that the benchmarks measure against.
 namespace llmfast::cpu::LLMFAST_ISA {
 
-// 2^18 rounds of one step on each of 12 chains, which hide a latency of 4 to 6 at two a cycle: seconds of this thread's CPU
-// time, so another process on the core doesn't count.
+// 2^18 rounds of one step on each of 12 chains, which hide a latency of 4 to 6 at two a cycle: seconds of this thread's
+// CPU time, so another process on the core doesn't count.
 template <class Step>
 LLMFAST_INLINE double chains(Step&& step) {
   auto now = [] {
@@ -13,7 +13,8 @@ LLMFAST_INLINE double chains(Step&& step) {
   vec acc[12] = {};
   const double start = now();
   for (int i = 0; i < 1 << 18; i++) {
-    LLMFAST_UNROLL for (int c = 0; c < 12; c++) {
+    LLMFAST_UNROLL
+    for (int c = 0; c < 12; c++) {
       acc[c] = step(acc[c]);
 #if defined(__AVX512F__)
       asm volatile("" : "+v"(acc[c]));
@@ -25,8 +26,8 @@ LLMFAST_INLINE double chains(Step&& step) {
   return now() - start;
 }
 
-// FLOP/s in a dtype, the best of 10. bfloat16 counts the dot product of pairs where the instruction set has it; it and float16
-// run at float32's rate where it doesn't.
+// FLOP/s in a dtype, the best of 10. bfloat16 counts the dot product of pairs where the instruction set has it; it and
+// float16 run at float32's rate where it doesn't.
 inline double peak(Dtype dtype) {
   double best = 0;
   for (int attempt = 0; attempt < 10; attempt++) {

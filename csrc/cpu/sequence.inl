@@ -55,11 +55,16 @@ LLMFAST_INLINE Rows<T> rows(const Tensor& t, const Extras& e, const Sequence& s,
 template <class C>
 LLMFAST_INLINE C element(const Tensor& t, int64_t at) {
   switch (t.dtype) {
-    case Dtype::kFloat32: return reinterpret_cast<const float*>(t.data)[at];
-    case Dtype::kBFloat16: return to_float(reinterpret_cast<const bf16*>(t.data)[at]);
-    case Dtype::kFloat16: return to_float(reinterpret_cast<const f16*>(t.data)[at]);
-    case Dtype::kBool: return reinterpret_cast<const uint8_t*>(t.data)[at];
-    default: return static_cast<C>(reinterpret_cast<const double*>(t.data)[at]);
+    case Dtype::kFloat32:
+      return reinterpret_cast<const float*>(t.data)[at];
+    case Dtype::kBFloat16:
+      return to_float(reinterpret_cast<const bf16*>(t.data)[at]);
+    case Dtype::kFloat16:
+      return to_float(reinterpret_cast<const f16*>(t.data)[at]);
+    case Dtype::kBool:
+      return reinterpret_cast<const uint8_t*>(t.data)[at];
+    default:
+      return static_cast<C>(reinterpret_cast<const double*>(t.data)[at]);
   }
 }
 

@@ -1,6 +1,6 @@
-// Vectors of kLanes floats in GCC/Clang vector extensions, one namespace for each instruction set. Included once by each
-// csrc/cpu/<isa>.cpp, compiled with that set's flags. Standard headers come first; inside the namespace nothing of the
-// standard library is called, so no inline copy of it compiled for AVX-512 can be linked into a baseline path.
+// Vectors of kLanes floats in GCC/Clang vector extensions, one namespace for each instruction set. Included once by
+// each csrc/cpu/<isa>.cpp, compiled with that set's flags. Standard headers come first; inside the namespace nothing of
+// the standard library is called, so no inline copy of it compiled for AVX-512 can be linked into a baseline path.
 #pragma once
 #include <omp.h>
 #include <time.h>
@@ -30,7 +30,8 @@ typedef uint32_t wvec __attribute__((vector_size(kLanes * 4)));
 typedef double dvec __attribute__((vector_size(kLanes * 4)));
 typedef int64_t lvec __attribute__((vector_size(kLanes * 4)));
 typedef float uvec __attribute__((vector_size(kLanes * 4), aligned(4)));
-typedef int32_t uivec __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));  // bf16 pairs start at any element
+typedef int32_t uivec
+    __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));  // bf16 pairs start at any element
 typedef double udvec __attribute__((vector_size(kLanes * 4), aligned(8)));
 // The vector of a compute type: vec for float, dvec (half the lanes) for double.
 template <class C>
@@ -82,12 +83,16 @@ LLMFAST_INLINE vec exp2_fraction(vec f) {
   return p * f + 1.f;
 }
 LLMFAST_INLINE dvec exp2_fraction(dvec f) {
-  constexpr double kTaylor[] = {1.3691488853904124e-12, 2.5678435993488196e-11, 4.44553827187081e-10,   7.054911620801121e-09,
-                                1.0178086009239696e-07, 1.3215486790144305e-06, 1.5252733804059838e-05, 1.5403530393381606e-04,
-                                1.3333558146428441e-03, 9.618129107628477e-03,  5.5504108664821576e-02, 2.402265069591007e-01,
+  constexpr double kTaylor[] = {1.3691488853904124e-12, 2.5678435993488196e-11,
+                                4.44553827187081e-10,   7.054911620801121e-09,
+                                1.0178086009239696e-07, 1.3215486790144305e-06,
+                                1.5252733804059838e-05, 1.5403530393381606e-04,
+                                1.3333558146428441e-03, 9.618129107628477e-03,
+                                5.5504108664821576e-02, 2.402265069591007e-01,
                                 6.931471805599453e-01,  1.0};  // ln(2)^n / n!
   dvec p = splat(0.0);
-  LLMFAST_UNROLL for (double t : kTaylor) p = p * f + t;
+  LLMFAST_UNROLL
+  for (double t : kTaylor) p = p * f + t;
   return p;
 }
 
@@ -100,7 +105,7 @@ LLMFAST_INLINE vec exp2(vec x, float c) {
 }
 LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
-  dvec t = x * c + 6755399441055744.;  // 1.5 * 2^52
+  dvec t = x * c + 6755399441055744.;                               // 1.5 * 2^52
   dvec f = x * c - (t - 6755399441055744.) + x * (c * 1.4109e-17);  // what log2(e) has beyond a double
   return exp2_fraction(f) * (dvec)(((lvec)t << 52) + (int64_t{1023} << 52));
 }
@@ -123,8 +128,8 @@ LLMFAST_INLINE vec exp2_fine(vec x, double c) {
   return exp2_fraction6(f) * (vec)(((ivec)t << 23) + (127 << 23));
 }
 LLMFAST_INLINE dvec exp2_fine(dvec x, double c) { return exp2(x, c); }
-// e^x for x <= 87, relative error 8e-8; 0 below e^-87 and for -inf; NaN passes. n ln(2) leaves x in two exact parts, and
-// 1 + (r + r^2 p(r)) rounds but once where it matters (coefficients of Cephes' expf).
+// e^x for x <= 87, relative error 8e-8; 0 below e^-87 and for -inf; NaN passes. n ln(2) leaves x in two exact parts,
+// and 1 + (r + r^2 p(r)) rounds but once where it matters (coefficients of Cephes' expf).
 LLMFAST_INLINE vec exp(vec x) {
   x = max(splat(-88.02f), x);
   vec t = x * kLog2e + 12582912.f, n = t - 12582912.f;
@@ -205,7 +210,8 @@ LLMFAST_INLINE void from_float(f16* p, float x) {
 #endif
 }
 
-// Unaligned vectors of elements as they lie in memory, widened to the compute type and rounded (to nearest even) from it.
+// Unaligned vectors of elements as they lie in memory, widened to the compute type and rounded (to nearest even) from
+// it.
 LLMFAST_INLINE vec loadu(const bf16* p) {
   typedef uint16_t half __attribute__((vector_size(kLanes * 2)));
   half h;
@@ -230,7 +236,9 @@ LLMFAST_INLINE vec loadu(const uint8_t* p) {
   return __builtin_convertvector(b, vec);
 }
 #if LLMFAST_LANES == 16
-LLMFAST_INLINE vec loadu(const f16* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+LLMFAST_INLINE vec loadu(const f16* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 LLMFAST_INLINE void storeu(f16* p, vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -242,11 +250,13 @@ LLMFAST_INLINE void storeu(f16* p, vec x) {
 #else
 LLMFAST_INLINE vec loadu(const f16* p) {
   vec x;
-  LLMFAST_UNROLL for (int i = 0; i < kLanes; i++) x[i] = to_float(p[i]);
+  LLMFAST_UNROLL
+  for (int i = 0; i < kLanes; i++) x[i] = to_float(p[i]);
   return x;
 }
 LLMFAST_INLINE void storeu(f16* p, vec x) {
-  LLMFAST_UNROLL for (int i = 0; i < kLanes; i++) from_float(p + i, x[i]);
+  LLMFAST_UNROLL
+  for (int i = 0; i < kLanes; i++) from_float(p + i, x[i]);
 }
 #endif
 
@@ -301,13 +311,16 @@ LLMFAST_INLINE V zip_high(V a, V b, std::integer_sequence<int, I...>) {
 template <class V, int L = sizeof(V) / sizeof(V{}[0])>
 LLMFAST_INLINE void transpose(V (&r)[L]) {
   constexpr std::make_integer_sequence<int, L> lanes{};
-  LLMFAST_UNROLL for (int n = 1; n < L; n *= 2) {
+  LLMFAST_UNROLL
+  for (int n = 1; n < L; n *= 2) {
     V t[L];
-    LLMFAST_UNROLL for (int i = 0; i < L / 2; i++) {
+    LLMFAST_UNROLL
+    for (int i = 0; i < L / 2; i++) {
       t[2 * i] = zip_low(r[i], r[i + L / 2], lanes);
       t[2 * i + 1] = zip_high(r[i], r[i + L / 2], lanes);
     }
-    LLMFAST_UNROLL for (int i = 0; i < L; i++) r[i] = t[i];
+    LLMFAST_UNROLL
+    for (int i = 0; i < L; i++) r[i] = t[i];
   }
 }
 
@@ -315,15 +328,17 @@ LLMFAST_INLINE void transpose(V (&r)[L]) {
 template <class V, int L = sizeof(V) / sizeof(V{}[0])>
 LLMFAST_INLINE V sums(V (&r)[L]) {
   constexpr std::make_integer_sequence<int, L> lanes{};
-  LLMFAST_UNROLL for (int n = L / 2; n > 0; n /= 2)
-      LLMFAST_UNROLL for (int i = 0; i < n; i++) r[i] = zip_low(r[i], r[i + n], lanes) + zip_high(r[i], r[i + n], lanes);
+  LLMFAST_UNROLL
+  for (int n = L / 2; n > 0; n /= 2) LLMFAST_UNROLL
+  for (int i = 0; i < n; i++) r[i] = zip_low(r[i], r[i + n], lanes) + zip_high(r[i], r[i + n], lanes);
   return r[0];
 }
 template <class V>
 LLMFAST_INLINE auto sum(V x) {
   constexpr int L = sizeof(V) / sizeof(x[0]);
   auto y = x[0];
-  LLMFAST_UNROLL for (int i = 1; i < L; i++) y += x[i];
+  LLMFAST_UNROLL
+  for (int i = 1; i < L; i++) y += x[i];
   return y;
 }
 
@@ -334,8 +349,8 @@ LLMFAST_INLINE vec dot(vec acc, ivec a, ivec b) { return _mm512_dpbf16_ps(acc, (
 LLMFAST_INLINE ivec pairs(vec even, vec odd) {
   typedef int16_t shorts __attribute__((vector_size(64)));
   shorts x = (shorts)_mm512_cvtne2ps_pbh(odd, even);
-  return (ivec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11,
-                                       27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return (ivec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                       26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
 }
 #else
 constexpr bool kDotBf16 = false;
@@ -369,7 +384,8 @@ LLMFAST_INLINE vec tanh(vec x) {
   return y < 0.64f ? small : large;
 }
 LLMFAST_INLINE dvec tanh(dvec x) {
-  LLMFAST_UNROLL for (int i = 0; i < kLanesOf<double>; i++) x[i] = __builtin_tanh(x[i]);
+  LLMFAST_UNROLL
+  for (int i = 0; i < kLanesOf<double>; i++) x[i] = __builtin_tanh(x[i]);
   return x;
 }
 

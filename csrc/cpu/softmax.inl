@@ -1,8 +1,8 @@
 // softmax and log_softmax of s = scale x + bias over the last dimension of (L0, L1, M, N), and their backward.
 //
-// A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum, exp and sum,
-// write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result. Where M is the contiguous
-// dimension, kLanes rows are transposed into the buffer and back.
+// A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum,
+// exp and sum, write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result.
+// Where M is the contiguous dimension, kLanes rows are transposed into the buffer and back.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
@@ -22,8 +22,9 @@ LLMFAST_INLINE auto greatest(V x) {
   constexpr int L = sizeof(V) / sizeof(x[0]);
   alignas(64) decltype(x[0] + x[0]) m[L];
   store(m, x);
-  LLMFAST_UNROLL for (int half = L / 2; half; half /= 2)
-      LLMFAST_UNROLL for (int i = 0; i < half; i++) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
+  LLMFAST_UNROLL
+  for (int half = L / 2; half; half /= 2) LLMFAST_UNROLL
+  for (int i = 0; i < half; i++) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
   return m[0];
 }
 // The sum of the lanes in double: each rounding of it errs in every element of the row.
@@ -31,16 +32,19 @@ template <class V>
 LLMFAST_INLINE double total(V x) {
   constexpr int L = sizeof(V) / sizeof(x[0]);
   alignas(64) double t[L];
-  LLMFAST_UNROLL for (int i = 0; i < L; i++) t[i] = x[i];
-  LLMFAST_UNROLL for (int half = L / 2; half; half /= 2)
-      LLMFAST_UNROLL for (int i = 0; i < half; i++) t[i] += t[i + half];
+  LLMFAST_UNROLL
+  for (int i = 0; i < L; i++) t[i] = x[i];
+  LLMFAST_UNROLL
+  for (int half = L / 2; half; half /= 2) LLMFAST_UNROLL
+  for (int i = 0; i < half; i++) t[i] += t[i + half];
   return t[0];
 }
 
 // n numbers of x, scaled, to buffer, with what bias and mask do to them, and -inf up to 4 whole vectors: their
 // maximum, which loses a NaN (the sum keeps it)
 template <class T, class C>
-LLMFAST_INLINE C fill(const Softmax& p, const T* x, int64_t a, int64_t b, int64_t i, int64_t j, int64_t n, bool widened, C* buffer, C* other) {
+LLMFAST_INLINE C fill(const Softmax& p, const T* x, int64_t a, int64_t b, int64_t i, int64_t j, int64_t n, bool widened,
+                      C* buffer, C* other) {
   constexpr int L = kLanesOf<C>;
   using V = vec_of<C>;
   const C scale = static_cast<C>(p.scale);
@@ -49,7 +53,8 @@ LLMFAST_INLINE C fill(const Softmax& p, const T* x, int64_t a, int64_t b, int64_
   const bool plain = !p.bias && !p.mask;
   if (!widened) {
     for (; e + 4 * L <= n; e += 4 * L) {
-      V y0 = loadu(x + e) * scale, y1 = loadu(x + e + L) * scale, y2 = loadu(x + e + 2 * L) * scale, y3 = loadu(x + e + 3 * L) * scale;
+      V y0 = loadu(x + e) * scale, y1 = loadu(x + e + L) * scale, y2 = loadu(x + e + 2 * L) * scale,
+        y3 = loadu(x + e + 3 * L) * scale;
       store(buffer + e, y0), store(buffer + e + L, y1), store(buffer + e + 2 * L, y2), store(buffer + e + 3 * L, y3);
       m0 = max(m0, y0), m1 = max(m1, y1), m2 = max(m2, y2), m3 = max(m3, y3);
     }
@@ -84,12 +89,12 @@ template <bool kKeep, class C>
 LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
   constexpr int L = kLanesOf<C>;
   vec_of<C> sums[4] = {};
-  for (int64_t e = 0; e < n; e += 4 * L)
-    LLMFAST_UNROLL for (int k = 0; k < 4; k++) {
-      vec_of<C> y = exponential<C>(load(buffer + e + k * L) - m);
-      sums[k] += y;
-      if constexpr (kKeep) store(buffer + e + k * L, y);
-    }
+  for (int64_t e = 0; e < n; e += 4 * L) LLMFAST_UNROLL
+  for (int k = 0; k < 4; k++) {
+    vec_of<C> y = exponential<C>(load(buffer + e + k * L) - m);
+    sums[k] += y;
+    if constexpr (kKeep) store(buffer + e + k * L, y);
+  }
   return static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
@@ -287,19 +292,27 @@ void backward(const SoftmaxBackward& p) {
 
 void softmax_forward(const Softmax& p) {
   switch (p.x.dtype) {
-    case Dtype::kFloat32: return softmax_rows::forward<float>(p);
-    case Dtype::kBFloat16: return softmax_rows::forward<bf16>(p);
-    case Dtype::kFloat16: return softmax_rows::forward<f16>(p);
-    default: return softmax_rows::forward<double>(p);
+    case Dtype::kFloat32:
+      return softmax_rows::forward<float>(p);
+    case Dtype::kBFloat16:
+      return softmax_rows::forward<bf16>(p);
+    case Dtype::kFloat16:
+      return softmax_rows::forward<f16>(p);
+    default:
+      return softmax_rows::forward<double>(p);
   }
 }
 
 void softmax_backward(const SoftmaxBackward& p) {
   switch (p.y.dtype) {
-    case Dtype::kFloat32: return softmax_rows::backward<float>(p);
-    case Dtype::kBFloat16: return softmax_rows::backward<bf16>(p);
-    case Dtype::kFloat16: return softmax_rows::backward<f16>(p);
-    default: return softmax_rows::backward<double>(p);
+    case Dtype::kFloat32:
+      return softmax_rows::backward<float>(p);
+    case Dtype::kBFloat16:
+      return softmax_rows::backward<bf16>(p);
+    case Dtype::kFloat16:
+      return softmax_rows::backward<f16>(p);
+    default:
+      return softmax_rows::backward<double>(p);
   }
 }
 

@@ -10,9 +10,12 @@ const char* attention_forward_bf16(const AttentionForward& problem, void* stream
 
 const char* attention_forward(const AttentionForward& problem, void* stream) {
   switch (problem.q.dtype) {
-    case Dtype::kFloat16: return attention_forward_fp16(problem, stream);
-    case Dtype::kBFloat16: return attention_forward_bf16(problem, stream);
-    default: return "attention takes float16 or bfloat16";
+    case Dtype::kFloat16:
+      return attention_forward_fp16(problem, stream);
+    case Dtype::kBFloat16:
+      return attention_forward_bf16(problem, stream);
+    default:
+      return "attention takes float16 or bfloat16";
   }
 }
 

@@ -1,10 +1,12 @@
-// Attention forward for float16 and bfloat16 on tensor cores (mma.sync, sm_80 on): o = softmax(scale q k^T) v, flash form.
+// Attention forward for float16 and bfloat16 on tensor cores (mma.sync, sm_80 on): o = softmax(scale q k^T) v, flash
+// form.
 //
-// One block is BLOCK_M queries of one (sequence, head); its warps share each tile of BLOCK_N keys. q stays in shared memory; k and v
-// tiles pass through a ring of kRing slots filled by cp.async, in the order k0 v0 k1 v1 ...: while one is used the next kRing - 1
-// are on their way, and one barrier a tile both publishes a tile and frees the slot before it. p never leaves registers. Tiles
-// outside the band are not visited; only tiles on its edge, or past the last key, are masked. Rows of shared memory are kHeadDim
-// elements; 16-byte chunks are XOR-swizzled so that the 8 rows of an ldmatrix lie in 8 different bank groups.
+// One block is BLOCK_M queries of one (sequence, head); its warps share each tile of BLOCK_N keys. q stays in shared
+// memory; k and v tiles pass through a ring of kRing slots filled by cp.async, in the order k0 v0 k1 v1 ...: while one
+// is used the next kRing - 1 are on their way, and one barrier a tile both publishes a tile and frees the slot before
+// it. p never leaves registers. Tiles outside the band are not visited; only tiles on its edge, or past the last key,
+// are masked. Rows of shared memory are kHeadDim elements; 16-byte chunks are XOR-swizzled so that the 8 rows of an
+// ldmatrix lie in 8 different bank groups.
 #pragma once
 #include "views.cuh"
 
@@ -17,9 +19,9 @@ struct AttentionForwardArgs {
   bool aligned_o;  // 16-byte stores reach every row of o
 };
 
-// kMma = 2: 4 warps of 32 rows, each fragment of k and v read from shared memory serves two mma; at 128 acc is 128 registers, s 64,
-// and nothing is left for `adjust`, so the general kernel takes 16 rows a warp from there on. Beyond 128 so do all, with 32 keys: acc
-// is 128 registers, s 16, and shared memory stays under the 99 KiB of sm_120.
+// kMma = 2: 4 warps of 32 rows, each fragment of k and v read from shared memory serves two mma; at 128 acc is 128
+// registers, s 64, and nothing is left for `adjust`, so the general kernel takes 16 rows a warp from there on. Beyond
+// 128 so do all, with 32 keys: acc is 128 registers, s 16, and shared memory stays under the 99 KiB of sm_120.
 template <int kHeadDim, bool kGeneral>
 struct Tile {
   static_assert(kHeadDim % 32 == 0 && kHeadDim <= 256, "a row is a multiple of 64 bytes, and acc fits the registers");
@@ -35,12 +37,14 @@ struct Tile {
     return (row * kChunks + (chunk ^ (kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3))) * 16;
   }
 
-  // The address of chunk c + 2 d of a row from that of chunk c = 0 or 1: one xor, so that no table of addresses fills registers.
+  // The address of chunk c + 2 d of a row from that of chunk c = 0 or 1: one xor, so that no table of addresses fills
+  // registers.
   __device__ __forceinline__ static uint32_t advance(uint32_t address, int d) {
     return kHeadDim % 64 == 0 ? (address ^ (d & 3) << 5) + (d >> 2) * 128 : (address ^ (d & 1) << 5) + (d >> 1) * 64;
   }
 
-  // Starts copying rows [first, first + kRows) of a matrix with `rows` rows of D elements; what lies outside becomes zero.
+  // Starts copying rows [first, first + kRows) of a matrix with `rows` rows of D elements; what lies outside becomes
+  // zero.
   template <int kRows, class T>
   __device__ __forceinline__ static void load(uint32_t shared, const T* x, int64_t stride, int first, int rows, int D) {
 #pragma unroll 4
@@ -53,7 +57,8 @@ struct Tile {
   }
 };
 
-// The queries of a block: rows [m0, m0 + BLOCK_M) of sequence b, head h, which has Nq queries from q0 and Nk keys from k0.
+// The queries of a block: rows [m0, m0 + BLOCK_M) of sequence b, head h, which has Nq queries from q0 and Nk keys from
+// k0.
 struct Span {
   int b, h, m0, q0, Nq, k0, Nk;
 };
@@ -66,13 +71,14 @@ __device__ __forceinline__ void sequence(const Tensor& cu_seqlens, int b, int to
   length = max(min(max(cu[(b + 1) * stride], 0), total) - start, 0);
 }
 
-// The span of this block; Nq = 0 where there is none. The last queries come first: under a causal band they have most keys.
+// The span of this block; Nq = 0 where there is none. The last queries come first: under a causal band they have most
+// keys.
 template <int BLOCK_M>
 __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
   const AttentionForward& p = a.p;
   const int H = p.q.size[1], block = block_index() % a.blocks;
   const int64_t head = block_index() / a.blocks;
-  Span x{static_cast<int>(head / H), static_cast<int>(head % H), 0, 0, static_cast<int>(p.q.size[2]), 0,
+  Span x{static_cast<int>(head / H),   static_cast<int>(head % H), 0, 0, static_cast<int>(p.q.size[2]), 0,
          static_cast<int>(p.k.size[2])};
   if (!p.extras.cu_seqlens_q.data) {
     x.m0 = (a.blocks - 1 - block) * BLOCK_M;
@@ -80,7 +86,8 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
   }
   const int B = p.extras.cu_seqlens_q.size[0] - 1, lane = thread_index() % 32, total = x.Nq, keys = x.Nk;
   x.h = head;
-  for (int first = 0, passed = 0; first < B; first += 32) {  // 32 sequences at a time: how many blocks end at or before each
+  for (int first = 0, passed = 0; first < B;
+       first += 32) {  // 32 sequences at a time: how many blocks end at or before each
     int start, length, mine = 0;
     if (first + lane < B) {
       sequence(p.extras.cu_seqlens_q, first + lane, total, start, length);
@@ -111,7 +118,8 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
 // Scores of one warp tile, for every option at once: scale of any sign, softcap, bias, ALiBi, mask.
 // i: row, j: column of s[0]; they step by 8.
 template <int kMma, int kN>
-__device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0, int j0) {
+__device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0,
+                                       int j0) {
   const float scale = p.spec.scale, softcap = p.spec.softcap;
   const Tensor &slopes = p.extras.alibi_slopes, &bias = p.extras.bias;
   float slope = 0.f;
@@ -139,7 +147,8 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
 
 // kGeneral: an option that `adjust` knows, or a scale that is not positive.
 template <class T, int kHeadDim, bool kGeneral>
-__global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
+__global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
+    attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
   using Tile = cuda::Tile<kHeadDim, kGeneral>;
   constexpr int BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing, kMma = Tile::kMma;
   const AttentionForward& p = a.p;
@@ -152,14 +161,16 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_
   const T* k = at<const T>(p.k, batch, hk, x.k0);
   const T* v = at<const T>(p.v, batch, hk, x.k0);
   const uint32_t q_tile = shared_address(shared_memory()), ring = q_tile + Tile::kQueryBytes;
-  // Where this lane's addresses for ldmatrix begin: rows of q, of k (8 keys, both halves of 16 dims, 8 more keys), of v.
+  // Where this lane's addresses for ldmatrix begin: rows of q, of k (8 keys, both halves of 16 dims, 8 more keys), of
+  // v.
   const int q_lane = Tile::offset(warp_row + lane % 16, lane / 16);
   const int k_lane = Tile::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2), v_lane = Tile::offset(lane % 16, lane / 16);
   constexpr int kRows16 = 16 * Tile::kChunks * 16;  // bytes of 16 rows, after which the swizzle repeats
 
   // Query i sees keys [i + low, i + high), and of those [0, Nk).
   constexpr int64_t kFar = 1 << 30;  // further than any key: i + low and i + high fit an int
-  const int low = max(-kFar, min(kFar, x.Nk - x.Nq - p.spec.left)), high = max(-kFar, min(kFar, x.Nk - x.Nq + p.spec.right + 1));
+  const int low = max(-kFar, min(kFar, x.Nk - x.Nq - p.spec.left)),
+            high = max(-kFar, min(kFar, x.Nk - x.Nq + p.spec.right + 1));
   const auto clamped = [&](int j) { return max(0, min(j, x.Nk)); };
   const int last_row = min(x.m0 + BLOCK_M, x.Nq) - 1;
   const int begin = clamped(x.m0 + low) / BLOCK_N * BLOCK_N, end = clamped(last_row + high);
@@ -180,13 +191,14 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_
 #pragma unroll
   for (int tile = 0; tile < kRing - 1; tile++) load(tile, tile);
 
-  float acc[kMma][kHeadDim / 8][4] = {};  // (BLOCK_M, Dv): rows lane / 4 (+ 8), columns lane % 4 * 2 (+ 1) of each 16 x 8
-  float m[kMma][2], l[kMma][2] = {};      // of rows lane / 4 and lane / 4 + 8
+  float acc[kMma][kHeadDim / 8][4] =
+      {};                             // (BLOCK_M, Dv): rows lane / 4 (+ 8), columns lane % 4 * 2 (+ 1) of each 16 x 8
+  float m[kMma][2], l[kMma][2] = {};  // of rows lane / 4 and lane / 4 + 8
   uint32_t probabilities[kMma][BLOCK_N / 16][4];
 #pragma unroll
   for (int i = 0; i < kMma; i++) m[i][0] = m[i][1] = -kInf;
   const float scale = kGeneral ? 1.f : static_cast<float>(p.spec.scale);  // what s still lacks; positive
-  const float c = scale * kLog2e;                                          // s to base-2 units
+  const float c = scale * kLog2e;                                         // s to base-2 units
 
   int slot = 0;
   // Waits for the next tile and starts the one that takes the slot of the tile before it; returns the tile's address.
@@ -261,7 +273,8 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_
 #pragma unroll
       for (int n = 0; n < BLOCK_N / 8; n++)
 #pragma unroll
-        for (int r = 0; r < 2; r++) probabilities[i][n / 2][n % 2 * 2 + r] = pack<T>(s[i][n][r * 2], s[i][n][r * 2 + 1]);
+        for (int r = 0; r < 2; r++)
+          probabilities[i][n / 2][n % 2 * 2 + r] = pack<T>(s[i][n][r * 2], s[i][n][r * 2 + 1]);
 
     const uint32_t v_tile = next(tile + 1);
 #pragma unroll
@@ -288,7 +301,8 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads) attention_
       float sum = l[i][r];
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
-      const float seen = m[i][r] * c, absent = sink * kLog2e, top = fmaxf(seen, absent), base = top == -kInf ? 0.f : top;
+      const float seen = m[i][r] * c, absent = sink * kLog2e, top = fmaxf(seen, absent),
+                  base = top == -kInf ? 0.f : top;
       const float alpha = exp2_approx(seen - base);
       sum = sum * alpha + exp2_approx(absent - base);
       const float inverse = sum == 0.f ? 0.f : alpha / sum;

@@ -14,13 +14,14 @@ const char* run(const AttentionForward& problem, void* stream) {
   const int64_t sequences = p.extras.cu_seqlens_q ? p.extras.cu_seqlens_q.size[0] - 1 : 0, Nq = p.q.size[2];
   // Packed: a sequence fills its last block in part, so no more than this many for each head.
   a.blocks = p.extras.cu_seqlens_q ? Nq / Tile::BLOCK_M + sequences : (Nq + Tile::BLOCK_M - 1) / Tile::BLOCK_M;
-  return launch(attention_fwd<T, kHeadDim, kGeneral>, p.q.size[0] * p.q.size[1] * a.blocks, Tile::kThreads, Tile::kSharedBytes,
-                stream, a);
+  return launch(attention_fwd<T, kHeadDim, kGeneral>, p.q.size[0] * p.q.size[1] * a.blocks, Tile::kThreads,
+                Tile::kSharedBytes, stream, a);
 }
 
 template <class T, int kHeadDim>
 const char* run(const AttentionForward& p, void* stream) {
-  const bool general = p.spec.scale <= 0 || p.spec.softcap != 0 || p.extras.mask || p.extras.bias || p.extras.alibi_slopes;
+  const bool general =
+      p.spec.scale <= 0 || p.spec.softcap != 0 || p.extras.mask || p.extras.bias || p.extras.alibi_slopes;
   return general ? run<T, kHeadDim, true>(p, stream) : run<T, kHeadDim, false>(p, stream);
 }
 

@@ -1,11 +1,12 @@
-// The launchers, in plain C++ types. Each returns nullptr, or the error in words; sizes and dtypes are checked by backends/cuda.py.
+// The launchers, in plain C++ types. Each returns nullptr, or the error in words; sizes and dtypes are checked by
+// backends/cuda.py.
 #pragma once
 #include "attention.h"
 
 namespace llmfast::cuda {
 
-// q, k, v float16 or bfloat16 with 16-byte aligned rows, D and Dv at most 256; sinks float32; o and lse are written where a
-// sequence has a row.
+// q, k, v float16 or bfloat16 with 16-byte aligned rows, D and Dv at most 256; sinks float32; o and lse are written
+// where a sequence has a row.
 const char* attention_forward(const AttentionForward& problem, void* stream);
 
 // float32, float16 or bfloat16, any sizes, the last dimension of x and y contiguous; y may be x.

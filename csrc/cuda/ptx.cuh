@@ -1,7 +1,7 @@
 // Every PTX instruction the kernels use, one wrapper each (PTX ISA 8.x names in brackets), all of sm_80.
 //
-// nvcc compiles this file; any other compiler takes the same names from the host model in tests/cuda_model/device.h, so kernels
-// and launchers are one text that runs on a GPU and, under sanitizers, on a CPU.
+// nvcc compiles this file; any other compiler takes the same names from the host model in tests/cuda_model/device.h, so
+// kernels and launchers are one text that runs on a GPU and, under sanitizers, on a CPU.
 #pragma once
 #include <cstdint>
 
@@ -47,11 +47,13 @@ __device__ __forceinline__ uint32_t ballot(bool x) { return __ballot_sync(0xffff
 __device__ __forceinline__ uint4 load_128(const void* p) { return *static_cast<const uint4*>(p); }
 // [st.global.v4] One store; from a plain assignment nvcc may make four.
 __device__ __forceinline__ void store_128(void* p, uint4 x) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(x.x), "r"(x.y),
+               "r"(x.z), "r"(x.w)
                : "memory");
 }
 
-// [cp.async] Copies 16 bytes to shared memory, of which those past the first `bytes` become zero; global is read for `bytes` only.
+// [cp.async] Copies 16 bytes to shared memory, of which those past the first `bytes` become zero; global is read for
+// `bytes` only.
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
@@ -64,8 +66,8 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ---- tensor cores
 
-// [ldmatrix] Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane l receives of each
-// matrix the elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1); _trans: of its transpose.
+// [ldmatrix] Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane l
+// receives of each matrix the elements (l / 4, 2 * (l % 4)) and (l / 4, 2 * (l % 4) + 1); _trans: of its transpose.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -79,22 +81,26 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t add
                : "memory");
 }
 
-// [mma.m16n8k16] c (16, 8) += a (16, 16) b (16, 8). With g = lane / 4, t = lane % 4: c0 c1 are row g, columns 2t and 2t + 1, c2 c3
-// row g + 8; a0 row g, columns 2t and 2t + 1, a1 row g + 8, a2 and a3 the same at columns + 8; b0 column g, rows 2t and 2t + 1, b1
-// rows + 8.
+// [mma.m16n8k16] c (16, 8) += a (16, 16) b (16, 8). With g = lane / 4, t = lane % 4: c0 c1 are row g, columns 2t and 2t
+// + 1, c2 c3 row g + 8; a0 row g, columns 2t and 2t + 1, a1 row g + 8, a2 and a3 the same at columns + 8; b0 column g,
+// rows 2t and 2t + 1, b1 rows + 8.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 __device__ __forceinline__ void mma_m16n8k16<half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 __device__ __forceinline__ void mma_m16n8k16<bf16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- arithmetic
@@ -142,12 +148,13 @@ __device__ __forceinline__ uint32_t pack<bf16>(float lo, float hi) {
 
 // Starts a kernel on a stream; nullptr, or the error in words. A grid of 0 blocks is nothing to do.
 template <class Problem>
-const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void* stream, const Problem& problem) {
+const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void* stream,
+                   const Problem& problem) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 blocks";
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(problem);
+    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(problem);
     error = cudaGetLastError();
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -34,14 +34,15 @@ const char* run_backward(const SoftmaxBackward& a, void* stream) {
   if (N <= 512) return launch(softmax_bwd_rows<T, 32, 16, kAligned>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
   if (N <= 4096) return launch(softmax_bwd_rows<T, 256, 16, kAligned>, rows, 256, kSharedBytes, stream, a);
   constexpr int kItems = kAligned ? 16 : 8;  // of y and of dy; single columns need as many addresses as values
-  if (N <= 1024 * kItems) return launch(softmax_bwd_rows<T, 1024, kItems, kAligned>, rows, 1024, kSharedBytes, stream, a);
+  if (N <= 1024 * kItems)
+    return launch(softmax_bwd_rows<T, 1024, kItems, kAligned>, rows, 1024, kSharedBytes, stream, a);
   return launch(softmax_bwd_long_rows<T, kAligned>, rows, 1024, kSharedBytes, stream, a);
 }
 
 template <class T>
 const char* run_backward(const SoftmaxBackward& a, void* stream) {
-  const bool aligned = a.y.size[3] % kVector<T> == 0 && has_aligned_rows(a.dy, sizeof(T)) && has_aligned_rows(a.y, sizeof(T)) &&
-                       has_aligned_rows(a.dx, sizeof(T));
+  const bool aligned = a.y.size[3] % kVector<T> == 0 && has_aligned_rows(a.dy, sizeof(T)) &&
+                       has_aligned_rows(a.y, sizeof(T)) && has_aligned_rows(a.dx, sizeof(T));
   return aligned ? run_backward<T, true>(a, stream) : run_backward<T, false>(a, stream);
 }
 
@@ -51,19 +52,27 @@ const char* softmax_forward(const Softmax& problem, void* stream) {
   Softmax a = problem;
   a.mask = four_dimensional(problem.mask), a.bias = four_dimensional(problem.bias);
   switch (a.x.dtype) {
-    case Dtype::kFloat32: return run<float>(a, stream);
-    case Dtype::kBFloat16: return run<bf16>(a, stream);
-    case Dtype::kFloat16: return run<half>(a, stream);
-    default: return "softmax takes float32, bfloat16 or float16";
+    case Dtype::kFloat32:
+      return run<float>(a, stream);
+    case Dtype::kBFloat16:
+      return run<bf16>(a, stream);
+    case Dtype::kFloat16:
+      return run<half>(a, stream);
+    default:
+      return "softmax takes float32, bfloat16 or float16";
   }
 }
 
 const char* softmax_backward(const SoftmaxBackward& a, void* stream) {
   switch (a.y.dtype) {
-    case Dtype::kFloat32: return run_backward<float>(a, stream);
-    case Dtype::kBFloat16: return run_backward<bf16>(a, stream);
-    case Dtype::kFloat16: return run_backward<half>(a, stream);
-    default: return "softmax takes float32, bfloat16 or float16";
+    case Dtype::kFloat32:
+      return run_backward<float>(a, stream);
+    case Dtype::kBFloat16:
+      return run_backward<bf16>(a, stream);
+    case Dtype::kFloat16:
+      return run_backward<half>(a, stream);
+    default:
+      return "softmax takes float32, bfloat16 or float16";
   }
 }
 

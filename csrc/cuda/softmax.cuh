@@ -1,9 +1,10 @@
 // y = softmax(scale x + bias) or its logarithm over the last dimension; x and y (L0, L1, M, N).
 //
-// Column j of row i counts when j <= i + offset and the mask is true; hidden entries become 0, or -inf in the logarithm, and so does a
-// row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y written once. Beyond, x is read twice.
-// Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx = scale ds. y and dy are read once up to N = 16384
-// (8192 unaligned), twice beyond. Every reduction has one order, whatever else is in the batch.
+// Column j of row i counts when j <= i + offset and the mask is true; hidden entries become 0, or -inf in the
+// logarithm, and so does a row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y
+// written once. Beyond, x is read twice. Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx
+// = scale ds. y and dy are read once up to N = 16384 (8192 unaligned), twice beyond. Every reduction has one order,
+// whatever else is in the batch.
 #pragma once
 #include "views.cuh"
 
@@ -16,7 +17,7 @@ constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
 
 struct Row {
   char *x, *y, *mask, *bias;  // first column; mask and bias may be absent
-  int64_t visible;                  // columns [0, visible) count unless masked
+  int64_t visible;            // columns [0, visible) count unless masked
 };
 
 template <class T>
@@ -26,8 +27,11 @@ __device__ __forceinline__ Row row_of(const Softmax& a, int64_t index) {
   const auto first = [&](const Tensor& t, int bytes) {
     return t.data ? t.data + (l0 * t.stride[0] + l1 * t.stride[1] + i * t.stride[2]) * bytes : nullptr;
   };
-  return {first(a.x, sizeof(T)), first(a.y, sizeof(T)), first(a.mask, 1), first(a.bias, a.bias.dtype == Dtype::kFloat32 ? 4 : 2),
-          past < 0 ? 0 : past < a.x.size[3] ? past : a.x.size[3]};
+  return {first(a.x, sizeof(T)), first(a.y, sizeof(T)), first(a.mask, 1),
+          first(a.bias, a.bias.dtype == Dtype::kFloat32 ? 4 : 2),
+          past < 0             ? 0
+          : past < a.x.size[3] ? past
+                               : a.x.size[3]};
 }
 
 // scale x + bias, -inf where masked.
@@ -42,9 +46,12 @@ __device__ __forceinline__ float score(const Softmax& a, const Row& row, int64_t
 }
 
 // e^(s - m), 0 in a row that sees nothing; s - m is rounded before the base changes, so no digit is lost to a large m.
-__device__ __forceinline__ float exponential(float s, float m) { return exp2_approx((s - (m == -kInf ? 0.f : m)) * kLog2e); }
+__device__ __forceinline__ float exponential(float s, float m) {
+  return exp2_approx((s - (m == -kInf ? 0.f : m)) * kLog2e);
+}
 
-// The maximum or sum over the threads of a row; each block-wide reduction of a kernel has its own 32 floats of shared memory.
+// The maximum or sum over the threads of a row; each block-wide reduction of a kernel has its own 32 floats of shared
+// memory.
 template <int kThreads, class Op>
 __device__ __forceinline__ float reduce(float x, int slot, Op op) {
 #pragma unroll
@@ -103,8 +110,9 @@ struct Columns {
   }
 };
 
-// kThreads threads hold a row, kItems values each; 32 threads: kRowsPerBlock rows a block, else one. 32 items of 1024 threads are
-// 32768 columns in 32 of the 64 registers a thread of 1024 may have. kPlain: aligned rows, no mask, no bias.
+// kThreads threads hold a row, kItems values each; 32 threads: kRowsPerBlock rows a block, else one. 32 items of 1024
+// threads are 32768 columns in 32 of the 64 registers a thread of 1024 may have. kPlain: aligned rows, no mask, no
+// bias.
 template <class T, int kThreads, int kItems, bool kPlain>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
     softmax_rows(const __grid_constant__ Softmax a) {
@@ -204,7 +212,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   constexpr int kGroups = kItems / C::kWidth;
   const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
   if (index >= a.y.size[0] * a.y.size[1] * a.y.size[2]) return;
-  const int64_t N = a.y.size[3], i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1], l1 = l % a.y.size[1];
+  const int64_t N = a.y.size[3], i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1],
+                l1 = l % a.y.size[1];
   const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
   T* dx = at<T>(a.dx, l0, l1, i);
   const int t = thread_index() % kThreads;
@@ -222,7 +231,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   for (int c = 0; c < kGroups; c++) {
     const int64_t j = C::first(c, t);
 #pragma unroll
-    for (int e = 0; e < C::kWidth; e++) ys[c][e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[c][e], sum);
+    for (int e = 0; e < C::kWidth; e++)
+      ys[c][e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[c][e], sum);
     if (j < N + (FAULT == 22)) C::store(dx + j, ys[c]);
   }
 }
@@ -230,7 +240,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(1024) softmax_bwd_long_rows(const __grid_constant__ SoftmaxBackward a) {
   using C = Columns<T, 1024, kAligned>;
-  const int64_t i = block_index() % a.y.size[2], l = block_index() / a.y.size[2], l0 = l / a.y.size[1], l1 = l % a.y.size[1];
+  const int64_t i = block_index() % a.y.size[2], l = block_index() / a.y.size[2], l0 = l / a.y.size[1],
+                l1 = l % a.y.size[1];
   const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
   T* dx = at<T>(a.dx, l0, l1, i);
   const int64_t N = a.y.size[3];

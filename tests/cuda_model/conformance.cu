@@ -1,7 +1,9 @@
-// Runs every wrapper of csrc/cuda/ptx.cuh and prints what it gives, one line a probe: name, how to compare, words in hexadecimal.
+// Runs every wrapper of csrc/cuda/ptx.cuh and prints what it gives, one line a probe: name, how to compare, words in
+// hexadecimal.
 //
-// The same text compiled by nvcc runs on a GPU and by g++ on the host model; conformance.py compares the two. "bits" must agree in
-// every bit; "close" are float32 that the hardware may round differently: within 4 units in the last place.
+// The same text compiled by nvcc runs on a GPU and by g++ on the host model; conformance.py compares the two. "bits"
+// must agree in every bit; "close" are float32 that the hardware may round differently: within 4 units in the last
+// place.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -173,8 +175,9 @@ int main() {
   for (uint32_t& x : integers) x = as_bits(static_cast<int>(random() % 17) - 8.f);  // sums of products are exact
   for (uint32_t& x : reals) x = as_bits(random() / 8388608.f - 1.f);
   for (int i = 0; i < 1024; i++) exponents[i] = as_bits(i < 300 ? i - 160.f : random() / 65536.f - 200.f);
-  const float special[] = {0.f, -0.f, INFINITY, -INFINITY, NAN, 1.00048828125f, 1.00146484375f, 1.00390625f, 1.01171875f, 65504.f,
-                           65519.9f, 65520.f, 3.3895e38f, 3.4e38f, 6e-8f, 2.98e-8f, 2.99e-8f, 1e-40f, -1e-40f, 5.9e-39f};
+  const float special[] = {0.f,         -0.f,        INFINITY, -INFINITY, NAN,     1.00048828125f, 1.00146484375f,
+                           1.00390625f, 1.01171875f, 65504.f,  65519.9f,  65520.f, 3.3895e38f,     3.4e38f,
+                           6e-8f,       2.98e-8f,    2.99e-8f, 1e-40f,    -1e-40f, 5.9e-39f};
   for (int i = 0; i < 1024; i++) edges[i] = i < 20 ? as_bits(special[i]) : random() << 8 ^ random();
   for (uint32_t& x : edges)
     if ((x & 0x7fffffff) > 0x7f800000) x = 0x7fc00000;  // one NaN

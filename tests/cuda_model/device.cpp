@@ -1,9 +1,9 @@
 // The executor of the host model: fibers on one OS thread, and the exchanges between the lanes of a warp.
 //
-// Scheduling is warp-greedy, the most skewed legal order: a warp runs as far as it can before the next one starts. Seed 0 takes warps
-// and lanes in ascending order, 1 descending, 2 warps in random order, 3 and above also leave a warp at random collectives. (Lock-step
-// order hides a missing barrier.) Under ThreadSanitizer each CUDA thread is a fiber it knows, switches order nothing, and barriers
-// are its acquire and release; this file itself is compiled without it.
+// Scheduling is warp-greedy, the most skewed legal order: a warp runs as far as it can before the next one starts. Seed
+// 0 takes warps and lanes in ascending order, 1 descending, 2 warps in random order, 3 and above also leave a warp at
+// random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer each CUDA thread is a fiber it
+// knows, switches order nothing, and barriers are its acquire and release; this file itself is compiled without it.
 #include "device.h"
 
 #include <cstdarg>
@@ -30,7 +30,8 @@ namespace {
 constexpr int kStack = 256 << 10;
 
 #ifdef __x86_64__
-// Saves the callee-saved registers and the stack pointer, and takes those of another context: no system call, unlike swapcontext.
+// Saves the callee-saved registers and the stack pointer, and takes those of another context: no system call, unlike
+// swapcontext.
 extern "C" void llmfast_model_switch(void** from, void* to);
 asm(R"(
 .text
@@ -179,8 +180,8 @@ void run_block(int threads) {
     if (left && waiting == threads) {
       for (int i = 0; i < threads; i++) lanes[i]->wait = kRuns;
     } else if (left && !progress) {
-      error = "DEADLOCK: of " + std::to_string(threads) + " threads " + std::to_string(waiting) + " wait at a block barrier, " +
-              std::to_string(threads - left) + " have ended";
+      error = "DEADLOCK: of " + std::to_string(threads) + " threads " + std::to_string(waiting) +
+              " wait at a block barrier, " + std::to_string(threads - left) + " have ended";
       return;
     }
   }
@@ -199,13 +200,15 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  error = std::string(text) + " (block " + std::to_string(block->index) + ", thread " + std::to_string(lane->index) + ")";
+  error =
+      std::string(text) + " (block " + std::to_string(block->index) + ", thread " + std::to_string(lane->index) + ")";
   leave(kDone);
   abort();
 }
 
 const char* launch(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {
-  if (threads % 32 || threads > 1024 || bytes > 232448) return "a block has at most 1024 threads and 227 KiB of shared memory";
+  if (threads % 32 || threads > 1024 || bytes > 232448)
+    return "a block has at most 1024 threads and 227 KiB of shared memory";
   error.clear();
   body = &kernel;
   draw.seed(seed);
@@ -318,7 +321,9 @@ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half) {
   });
 }
 
-void cp_async_issue(char* to, const uint32_t (&bytes)[4]) { lane->copies.push_back({to, {bytes[0], bytes[1], bytes[2], bytes[3]}}); }
+void cp_async_issue(char* to, const uint32_t (&bytes)[4]) {
+  lane->copies.push_back({to, {bytes[0], bytes[1], bytes[2], bytes[3]}});
+}
 
 void cp_async_commit() { lane->groups.push_back(lane->copies.size()); }
 

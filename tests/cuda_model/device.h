@@ -1,9 +1,10 @@
-// Host model of csrc/cuda/ptx.cuh: the same names for a C++ compiler. One block runs at a time, one fiber for each of its threads.
+// Host model of csrc/cuda/ptx.cuh: the same names for a C++ compiler. One block runs at a time, one fiber for each of
+// its threads.
 //
-// It is stricter than the hardware: cp.async poisons its destination and delivers only at wait_group; shared memory starts as NaN
-// and has its exact size; misaligned or out-of-range addresses, divergent collectives and barriers that never open end the launch
-// with an error. Memory that kernels share is touched here, so that sanitizers see it; warp exchanges are in device.cpp, which
-// ThreadSanitizer does not see, because they order no memory on the device either.
+// It is stricter than the hardware: cp.async poisons its destination and delivers only at wait_group; shared memory
+// starts as NaN and has its exact size; misaligned or out-of-range addresses, divergent collectives and barriers that
+// never open end the launch with an error. Memory that kernels share is touched here, so that sanitizers see it; warp
+// exchanges are in device.cpp, which ThreadSanitizer does not see, because they order no memory on the device either.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -48,7 +49,8 @@ const char* launch(int64_t blocks, int threads, int shared_bytes, const std::fun
 
 void block_barrier();
 void warp_barrier();
-uint32_t exchange(uint32_t mine, const char* what, const std::function<uint32_t(const uint32_t (&)[32], int lane)>& result);
+uint32_t exchange(uint32_t mine, const char* what,
+                  const std::function<uint32_t(const uint32_t (&)[32], int lane)>& result);
 void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half);
 void gather(uint32_t mine, uint32_t (&all)[32]);
 void cp_async_issue(char* to, const uint32_t (&bytes)[4]);
@@ -100,7 +102,8 @@ inline int64_t block_index() { return model::block_index(); }
 inline char* shared_memory() { return model::shared_memory(); }
 inline uint32_t shared_address(const void* p) {
   const int64_t offset = static_cast<const char*>(p) - model::shared_memory();
-  if (offset < 0 || offset >= model::shared_bytes()) model::fail("shared_address: %ld of %d bytes", offset, model::shared_bytes());
+  if (offset < 0 || offset >= model::shared_bytes())
+    model::fail("shared_address: %ld of %d bytes", offset, model::shared_bytes());
   return static_cast<uint32_t>(offset);
 }
 
@@ -190,7 +193,8 @@ uint32_t pack(float lo, float hi) {
 }
 
 template <class Problem>
-const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void*, const Problem& problem) {
+const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void*,
+                   const Problem& problem) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 blocks";
   return model::launch(blocks, threads, shared_bytes, [&] { kernel(problem); });

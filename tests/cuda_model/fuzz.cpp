@@ -1,7 +1,9 @@
-// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|softmax FIRST COUNT [SEED [FAULT [SMALL]]]
+// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|softmax FIRST COUNT
+// [SEED [FAULT [SMALL]]]
 //
-// Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the heap, so that
-// AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit status 1 if there are any.
+// Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the
+// heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit
+// status 1 if there are any.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -27,20 +29,34 @@ double normal() {
 
 double get(const Tensor& t, int64_t i) {
   switch (t.dtype) {
-    case Dtype::kFloat32: return reinterpret_cast<float*>(t.data)[i];
-    case Dtype::kBFloat16: return cuda::to_float(reinterpret_cast<cuda::bf16*>(t.data)[i]);
-    case Dtype::kFloat16: return cuda::to_float(reinterpret_cast<cuda::half*>(t.data)[i]);
-    case Dtype::kBool: return reinterpret_cast<bool*>(t.data)[i];
-    default: return reinterpret_cast<int*>(t.data)[i];
+    case Dtype::kFloat32:
+      return reinterpret_cast<float*>(t.data)[i];
+    case Dtype::kBFloat16:
+      return cuda::to_float(reinterpret_cast<cuda::bf16*>(t.data)[i]);
+    case Dtype::kFloat16:
+      return cuda::to_float(reinterpret_cast<cuda::half*>(t.data)[i]);
+    case Dtype::kBool:
+      return reinterpret_cast<bool*>(t.data)[i];
+    default:
+      return reinterpret_cast<int*>(t.data)[i];
   }
 }
 void set(const Tensor& t, int64_t i, double x) {
   switch (t.dtype) {
-    case Dtype::kFloat32: reinterpret_cast<float*>(t.data)[i] = x; break;
-    case Dtype::kBFloat16: reinterpret_cast<cuda::bf16*>(t.data)[i] = cuda::from_float<cuda::bf16>(x); break;
-    case Dtype::kFloat16: reinterpret_cast<cuda::half*>(t.data)[i] = cuda::from_float<cuda::half>(x); break;
-    case Dtype::kBool: reinterpret_cast<bool*>(t.data)[i] = x > 0; break;
-    default: reinterpret_cast<int*>(t.data)[i] = x;
+    case Dtype::kFloat32:
+      reinterpret_cast<float*>(t.data)[i] = x;
+      break;
+    case Dtype::kBFloat16:
+      reinterpret_cast<cuda::bf16*>(t.data)[i] = cuda::from_float<cuda::bf16>(x);
+      break;
+    case Dtype::kFloat16:
+      reinterpret_cast<cuda::half*>(t.data)[i] = cuda::from_float<cuda::half>(x);
+      break;
+    case Dtype::kBool:
+      reinterpret_cast<bool*>(t.data)[i] = x > 0;
+      break;
+    default:
+      reinterpret_cast<int*>(t.data)[i] = x;
   }
 }
 int bytes(Dtype d) { return d == Dtype::kBool ? 1 : d == Dtype::kFloat32 || d == Dtype::kInt32 ? 4 : 2; }
@@ -51,7 +67,8 @@ double at(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
 struct Heap {
   std::vector<std::unique_ptr<void, void (*)(void*)>> blocks;
 
-  // A tensor of these sizes, heads and rows swapped in memory where asked, rows padded to `pad` elements; every element from fill().
+  // A tensor of these sizes, heads and rows swapped in memory where asked, rows padded to `pad` elements; every element
+  // from fill().
   template <class F>
   Tensor make(Dtype dtype, std::vector<int64_t> size, F fill, bool swap = false, int pad = 1) {
     Tensor t;
@@ -108,7 +125,8 @@ int attention(int number, bool small) {
   if (maybe(6)) p.spec.softcap = 3;
   if (maybe(6)) p.extras.alibi_slopes = heap.make(Dtype::kFloat32, {H}, [] { return 0.3 * std::fabs(normal()); });
   if (maybe(4)) p.extras.sinks = heap.make(Dtype::kFloat32, {H}, normal);
-  if (!packed && maybe(6)) p.extras.mask = heap.make(Dtype::kBool, {maybe(2) ? B : 1, 1, Nq, Nk}, [] { return draw(-1, 2); });
+  if (!packed && maybe(6))
+    p.extras.mask = heap.make(Dtype::kBool, {maybe(2) ? B : 1, 1, Nq, Nk}, [] { return draw(-1, 2); });
   if (!packed && maybe(6)) p.extras.bias = heap.make(maybe(2) ? dtype : Dtype::kFloat32, {H, Nq, Nk}, normal);
   std::vector<int> starts[2] = {{0, Nq}, {0, Nk}};
   if (packed)
@@ -117,7 +135,8 @@ int attention(int number, bool small) {
       std::vector<int>& cu = starts[side] = {0, draw(0, n), draw(0, n), n};
       if (cu[1] > cu[2]) std::swap(cu[1], cu[2]);
       int next = 0;
-      (side ? p.extras.cu_seqlens_k : p.extras.cu_seqlens_q) = heap.make(Dtype::kInt32, {4}, [&] { return cu[next++]; });
+      (side ? p.extras.cu_seqlens_k : p.extras.cu_seqlens_q) =
+          heap.make(Dtype::kInt32, {4}, [&] { return cu[next++]; });
     }
   if (const char* error = cuda::attention_forward(p, nullptr)) {
     std::printf("attention %d: %s\n", number, error);
@@ -126,7 +145,8 @@ int attention(int number, bool small) {
   const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
   for (int b = 0; b < (packed ? 3 : B); b++)
     for (int h = 0; h < H; h++) {
-      const int s = packed ? b : 0, q0 = starts[0][s], k0 = starts[1][s], nq = starts[0][s + 1] - q0, nk = starts[1][s + 1] - k0;
+      const int s = packed ? b : 0, q0 = starts[0][s], k0 = starts[1][s], nq = starts[0][s + 1] - q0,
+                nk = starts[1][s + 1] - k0;
       const int row = packed ? 0 : b, hk = h / (H / Hk);
       for (int i = 0; i < nq; i++) {
         std::vector<double> x(nk), o(Dv);
@@ -138,7 +158,8 @@ int attention(int number, bool small) {
           y *= p.spec.scale;
           if (p.spec.softcap) y = p.spec.softcap * std::tanh(y / p.spec.softcap);
           const int distance = j - i - (nk - nq);
-          if (p.extras.alibi_slopes) y -= get(p.extras.alibi_slopes, h * p.extras.alibi_slopes.stride[0]) * std::abs(distance);
+          if (p.extras.alibi_slopes)
+            y -= get(p.extras.alibi_slopes, h * p.extras.alibi_slopes.stride[0]) * std::abs(distance);
           if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
           if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
           if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
@@ -153,7 +174,8 @@ int attention(int number, bool small) {
         for (int d = 0; d < Dv; d++) largest = std::fmax(largest, std::fabs(o[d] = l == 0 ? 0 : o[d] / l));
         for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
           if (wrong(at(p.o, row, h, q0 + i, d), o[d], 4 * eps * (largest + 1))) {
-            std::printf("attention %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d, at(p.o, row, h, q0 + i, d), o[d]);
+            std::printf("attention %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d,
+                        at(p.o, row, h, q0 + i, d), o[d]);
             return 1;
           }
         const double lse = l == 0 ? -kInfinity : m + std::log(l);
@@ -170,7 +192,8 @@ int attention(int number, bool small) {
 int softmax(int number, bool small) {
   Heap heap;
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
-  const int lengths[] = {draw(1, 40), draw(200, 300), draw(1000, 1100), draw(1025, 3000), 8 * draw(1, 140), draw(8190, 9000), draw(32760, 40000)};
+  const int lengths[] = {draw(1, 40),      draw(200, 300),   draw(1000, 1100),  draw(1025, 3000),
+                         8 * draw(1, 140), draw(8190, 9000), draw(32760, 40000)};
   const int N = lengths[draw(0, small ? 4 : 6)], M = N > 4000 ? draw(1, 2) : draw(1, 9), pad = maybe(2) ? 8 : 1;
   Softmax p{};
   p.x = heap.make(dtype, {draw(1, 2), 2, M, N}, [] { return 2 * normal(); }, maybe(2), pad);
@@ -201,8 +224,10 @@ int softmax(int number, bool small) {
     for (int j = 0; j < N; j++) {
       const double y = l == 0 ? (p.log ? -kInfinity : 0) : p.log ? s[j] - m - std::log(l) : std::exp(s[j] - m) / l;
       const double got = at(p.y, r / M / 2, r / M % 2, r % M, j);
-      if (wrong(got, y, eps * (1 + std::fabs(m)) * (std::fabs(y) + (p.log ? 1 : 1.0 / N)))) {  // s is rounded at the size of m
-        std::printf("softmax %d: row %d of %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), M, j, N, got, y);
+      if (wrong(got, y,
+                eps * (1 + std::fabs(m)) * (std::fabs(y) + (p.log ? 1 : 1.0 / N)))) {  // s is rounded at the size of m
+        std::printf("softmax %d: row %d of %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), M, j, N,
+                    got, y);
         return 1;
       }
     }
@@ -211,11 +236,14 @@ int softmax(int number, bool small) {
     const auto g = [&](int j) { return at(dy, r / M / 2, r / M % 2, r % M, j) * !(p.log && y(j) == -kInfinity); };
     for (int j = 0; j < N; j++) sum += p.log ? g(j) : y(j) * g(j), size += std::fabs(p.log ? g(j) : y(j) * g(j));
     for (int j = 0; j < N; j++) {
-      const double weight = p.log ? std::exp(y(j)) : y(j), want = p.scale * (p.log ? g(j) - weight * sum : weight * (g(j) - sum));
+      const double weight = p.log ? std::exp(y(j)) : y(j),
+                   want = p.scale * (p.log ? g(j) - weight * sum : weight * (g(j) - sum));
       const double got = at(dx, r / M / 2, r / M % 2, r % M, j);
-      const double allowed = eps * (std::fabs(want) + std::fabs(p.scale) * weight * (size + std::fabs(g(j))) * (1 + p.log * 20));
+      const double allowed =
+          eps * (std::fabs(want) + std::fabs(p.scale) * weight * (size + std::fabs(g(j))) * (1 + p.log * 20));
       if (wrong(got, want, allowed + 1e-7)) {
-        std::printf("softmax %d: dx of row %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), j, N, got, want);
+        std::printf("softmax %d: dx of row %d, column %d of %d is %g, not %g\n", number, static_cast<int>(r), j, N, got,
+                    want);
         return 1;
       }
     }

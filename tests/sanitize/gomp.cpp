@@ -1,6 +1,6 @@
-// The part of libgomp that g++ calls for csrc/cpu, on plain pthreads, so that ThreadSanitizer sees every synchronisation:
-// the real library waits on futexes, which it can't follow. Iterations are handed out by relaxed atomics, because an ordering that
-// OpenMP doesn't promise would hide races.
+// The part of libgomp that g++ calls for csrc/cpu, on plain pthreads, so that ThreadSanitizer sees every
+// synchronisation: the real library waits on futexes, which it can't follow. Iterations are handed out by relaxed
+// atomics, because an ordering that OpenMP doesn't promise would hide races.
 #include <pthread.h>
 
 #include <atomic>
@@ -80,8 +80,8 @@ extern "C" {
 
 void GOMP_parallel(void (*fn)(void*), void* data, unsigned threads, unsigned) { parallel(fn, data, threads, Share{}); }
 
-void GOMP_parallel_loop_nonmonotonic_dynamic(void (*fn)(void*), void* data, unsigned threads, long start, long end, long step,
-                                             long chunk, unsigned) {
+void GOMP_parallel_loop_nonmonotonic_dynamic(void (*fn)(void*), void* data, unsigned threads, long start, long end,
+                                             long step, long chunk, unsigned) {
   parallel(fn, data, threads, make_share(start, end, step, chunk));
 }
 
