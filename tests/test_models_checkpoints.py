@@ -1,4 +1,4 @@
-"""Checkpoints that transformers writes give transformers' logits, and transformers reads what we write; bad ones one clear error."""
+"""Checkpoints of transformers give its logits, it reads what we write, and bad ones are one clear error."""
 
 import importlib.util
 import json

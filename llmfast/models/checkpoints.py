@@ -1,7 +1,7 @@
 """Checkpoints in the Hugging Face layout (config.json, model.safetensors, tokenizer.json) without transformers.
 
-A family is three things: its config.json as a Config, and back; the names of its tensors; nothing else. safetensors only: no file
-that can run code is ever opened, and a truncated, mis-shaped or hostile one is one ValueError that names it.
+A family is its config.json as a Config, and back, and the names of its tensors. safetensors only: no file that
+can run code is ever opened, and a truncated, mis-shaped or hostile one is one ValueError that names it.
 """
 
 import json
@@ -10,8 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .transformer import Config, Transformer
 
@@ -94,8 +92,8 @@ def _llama(f: Fields) -> Config:
         f.size("head_dim", dim // heads), f.size("intermediate_size"), f.size("max_position_embeddings", 2048),
         norm_eps=f.number("rms_norm_eps", 1e-6),
         rope_theta=rope.number("rope_theta", f.get("rope_theta", 10000.0)), rope_scaling=scaling,
-        qkv_bias=kind == "qwen2" or attention_bias, out_bias=kind != "qwen2" and attention_bias, qk_norm=kind == "qwen3",
-        windows=windows, tied=f.get("tie_word_embeddings", False),
+        qkv_bias=kind == "qwen2" or attention_bias, out_bias=kind != "qwen2" and attention_bias,
+        qk_norm=kind == "qwen3", windows=windows, tied=f.get("tie_word_embeddings", False),
     )  # fmt: skip
 
 
@@ -103,7 +101,8 @@ def _bert(f: Fields) -> Config:
     f.one_of("position_embedding_type", "absolute", ("absolute",))
     f.one_of("is_decoder", False, (False,))
     return Config(
-        f.size("vocab_size"), f.size("hidden_size"), f.size("num_hidden_layers"), f.size("num_attention_heads"), None, None,
+        f.size("vocab_size"), f.size("hidden_size"), f.size("num_hidden_layers"), f.size("num_attention_heads"),
+        None, None,
         f.size("intermediate_size"), f.size("max_position_embeddings"), "encoder", "layer", False,
         f.number("layer_norm_eps", 1e-12), "learned", activation=GELU[f.one_of("hidden_act", "gelu", GELU)],
         qkv_bias=True, out_bias=True, mlp_bias=True, token_types=f.size("type_vocab_size", 2),
@@ -188,6 +187,8 @@ class Tensors:
     """The tensors of a checkpoint by name, over one safetensors file or the shards of an index, read when asked for."""
 
     def __init__(self, folder: Path):
+        from safetensors import SafetensorError, safe_open  # here: `llmfast info` needs no extra
+
         index = folder / "model.safetensors.index.json"
         if (folder / "model.safetensors").is_file():
             files = ["model.safetensors"]
@@ -228,8 +229,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, device="cpu") -> T
     """The Transformer of a checkpoint folder in the Hugging Face layout, in eval mode.
 
     Args:
-        folder: has config.json and model.safetensors, or model.safetensors.index.json and its shards; model_type is one of gpt2,
-            llama, mistral, qwen2, qwen3, bert, or llmfast for what only this library can build.
+        folder: has config.json and model.safetensors, or model.safetensors.index.json and its shards; model_type is one of
+            gpt2, llama, mistral, qwen2, qwen3, bert, or llmfast for what only this library can build.
         dtype: of the weights; the file's by default.
 
     Raises:
@@ -341,17 +342,19 @@ def _config_json(kind: str, c: Config) -> dict:
     types = ["full_attention" if w is None else "sliding_attention" for w in c.windows or (None,) * c.layers]
     extra = dict(use_sliding_window=window is not None, layer_types=types) if kind.startswith("qwen") else {}
     return common | extra | dict(
-        architectures=[{"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind] + "ForCausalLM"],
+        architectures=[kind.capitalize() + "ForCausalLM"],
         num_key_value_heads=c.kv_heads, head_dim=c.head_dim, rms_norm_eps=c.norm_eps, hidden_act="silu",
         rope_theta=c.rope_theta, rope_parameters=rope, attention_bias=c.out_bias, sliding_window=window,
     )  # fmt: skip
 
 
 def save(model: Transformer, folder, **extra) -> None:
-    """Writes config.json and model.safetensors as `from_pretrained` and transformers read them; each file appears whole.
+    """Writes config.json and model.safetensors as `from_pretrained` and transformers read them; each appears whole.
 
     extra goes into config.json as it is (eos_token_id, say).
     """
+    from safetensors.torch import save_file
+
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
     kind = family(c)
