@@ -12,6 +12,7 @@ import pytest
 import torch
 
 pytest.importorskip("tokenizers")
+pytest.importorskip("nltk")
 from llmfast import cli
 from llmfast.models import Config, NeuralLM, NGram, Transformer, from_pretrained
 from llmfast.text import attention_map, corpus, generation, training
@@ -22,7 +23,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def tiny(**options):
     torch.manual_seed(0)
     model = Transformer(
-        Config(300, **(dict(dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64) | options))
+        Config(300, **(dict(dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64, tied=False) | options))
     )
     for p in model.parameters():
         if p.dim() > 1:
@@ -82,39 +83,36 @@ def test_tokenizer_round_trip_and_packing():
     assert asked == [t for e in tokenizer.encode_batch(texts[:3]) for t in [*e.ids, 0]]  # every token once
 
 
-RUN = """
-import sys, os, signal, torch
-from llmfast.models import Config, Transformer
-from llmfast.text import training
-torch.manual_seed(0)
-model = Transformer(Config(50, dim=32, layers=1, heads=2, max_length=16, dropout=0.1))
-pieces = [torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(40)]
-die = int(sys.argv[2])
-def report(step, loss):
-    if step == die:
-        os.kill(os.getpid(), getattr(signal, sys.argv[3]))
-s = training.Settings(steps=20, batch_tokens=64, warmup=3, save_every=5)
-training.train_lm(model, pieces, s, sys.argv[1], resume=True, report=report)
-"""
+def little_run(folder, die=-1, how=signal.SIGINT):
+    """20 steps, saved every 5, resumed where something is there; how is raised in step die. The losses."""
 
+    def report(step, loss):
+        if step == die:
+            signal.raise_signal(how)
 
-def child(folder, die=-1, how="SIGKILL"):
-    done = subprocess.run([sys.executable, "-c", RUN, str(folder), str(die), how], cwd=EXAMPLES.parent)
-    path = folder / "losses.json"
-    return done.returncode, json.loads(path.read_text()) if path.exists() else None
+    torch.manual_seed(0)
+    model = Transformer(Config(50, dim=32, layers=1, heads=2, max_length=16, dropout=0.1))
+    pieces = [torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(40)]
+    s = training.Settings(steps=20, batch_tokens=64, warmup=3, save_every=5)
+    return training.train_lm(model, pieces, s, folder, resume=True, report=report)
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(tmp_path):
-    _, whole = child(tmp_path / "whole")
+    whole = little_run(tmp_path / "whole")
     assert len(whole) == 20
-    code, losses = child(tmp_path / "killed", die=12)
-    assert (code, losses) == (-signal.SIGKILL, None)
-    assert child(tmp_path / "killed") == (0, whole)
-    code, losses = child(tmp_path / "interrupted", die=7, how="SIGINT")
-    assert (code, losses) == (0, whole[: len(losses)])
-    assert 7 <= len(losses) < 20
-    from_pretrained(tmp_path / "interrupted")
-    assert child(tmp_path / "interrupted") == (0, whole)
+    call = f"little_run({str(tmp_path / 'a')!r}, 12, signal.SIGKILL)"
+    code = f"import signal; from tests.test_text import little_run; {call}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES.parent)
+    assert done.returncode == -signal.SIGKILL
+    assert len(torch.load(tmp_path / "a" / "training.pt")["losses"]) == 10
+    assert little_run(tmp_path / "a") == whole
+
+
+def test_an_interrupted_run_is_usable_and_goes_on(tmp_path):
+    losses = little_run(tmp_path, die=7)
+    assert len(losses) == 8
+    from_pretrained(tmp_path)
+    assert little_run(tmp_path) == little_run(tmp_path / "whole")
 
 
 def collect(model, prompts, **options):

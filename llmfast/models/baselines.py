@@ -22,20 +22,22 @@ class NGram:
         from nltk.lm import Vocabulary, WittenBellInterpolated
 
         self.order = order
-        self.vocabulary = list(range(vocab_size))
-        self.lm = WittenBellInterpolated(order, Vocabulary(self.vocabulary, unk_cutoff=1, unk_label=-1))
+        self.vocabulary = list(map(str, range(vocab_size)))  # nltk looks up text only
+        self.lm = WittenBellInterpolated(
+            order, vocabulary=Vocabulary(self.vocabulary, unk_cutoff=1, unk_label="unknown")
+        )
 
     def fit(self, pieces: list[list[int]]) -> "NGram":
         from nltk.util import everygrams
 
-        self.lm.fit(everygrams(p, max_len=self.order) for p in pieces)
+        self.lm.fit(everygrams(list(map(str, p)), max_len=self.order) for p in pieces)
         self.lm.counts.update([[(w,) for w in self.vocabulary]])
         return self
 
     def surprisal(self, pieces: list[list[int]]) -> torch.Tensor:
         """-log p of each token after the first of each piece, in order."""
         out = []
-        for p in pieces:
+        for p in (list(map(str, p)) for p in pieces):
             for i in range(1, len(p)):
                 context = tuple(p[max(0, i - self.order + 1) : i])
                 out.append(-math.log(self.lm.unmasked_score(p[i], context)))

@@ -12,7 +12,7 @@ CHINESE = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han S
 
 @torch.inference_mode()
 def weights(model, ids: list[int], layer: int, heads: list[int], rows: list[int] | None = None) -> torch.Tensor:
-    """The probabilities (len(heads), rows, N) of one layer for a sequence of N tokens; no other head's matrix is made."""
+    """The probabilities (len(heads), rows, N) of one layer for N tokens; no other head's matrix is made."""
     blocks = (model.decoder or model.encoder).blocks
     if not -len(blocks) <= layer < len(blocks):
         raise ValueError(f"layer: expected a number below {len(blocks)}, got {layer}")
@@ -66,7 +66,7 @@ def draw(p: torch.Tensor, columns: list[str], rows: list[str], titles: list[str]
     with plt.rc_context({"font.sans-serif": [*fonts, "DejaVu Sans"]}), warnings.catch_warnings():
         figure, axes = plt.subplots(1, len(p), figsize=(size[0] * len(p), size[1]), squeeze=False, layout="constrained")
         for axis, one, title in zip(axes[0], p, titles, strict=True):
-            image = axis.imshow(one.float().cpu(), cmap="Blues", vmin=0, vmax=1)
+            image = axis.imshow(one.float().cpu().tolist(), cmap="Blues", vmin=0, vmax=1)
             axis.set_xticks(range(len(columns)), columns, rotation=90)
             axis.set_yticks(range(len(rows)), rows)
             axis.set(title=title, xlabel="key", ylabel="query")

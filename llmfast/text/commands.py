@@ -16,7 +16,7 @@ def add(commands) -> None:
     c.add_argument("--data", required=True, help=".txt, .jsonl or .tsv, a text a line")
     c.add_argument("--out", default="model", help="folder for the model and its checkpoints (default: model)")
     c.add_argument("--held-out", type=float, default=0.1, help="share of the texts kept for evaluate (default: 0.1)")
-    for name, default in dict(vocab_size=800, dim=128, layers=4, heads=4, max_length=256).items():
+    for name, default in dict(vocab_size=500, dim=128, layers=4, heads=4, max_length=256).items():
         c.add_argument("--" + name.replace("_", "-"), type=int, default=default, help=f"default: {default}")
     for name, default in vars(training.Settings()).items():
         if name != "bf16":

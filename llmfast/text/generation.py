@@ -35,17 +35,15 @@ def generate(
         hidden = model.hidden(torch.tensor([prompt], device=device), cache=cache[b])
         rows.append(model.words(hidden[:, -1]))
     logits = torch.cat(rows)  # (B, V)
-    going = [True] * len(prompts)
-    for _ in range(max_new_tokens):
+    going, room = [True] * len(prompts), cache.kv.shape[3]
+    for step in range(max_new_tokens):
         tokens = choose(logits, temperature, top_k, top_p, generators)
-        going = [
-            go and t not in stop and n < cache.kv.shape[3] + 1
-            for go, t, n in zip(going, tokens, (cache.lengths + 1).tolist(), strict=True)
-        ]
+        going = [go and t not in stop for go, t in zip(going, tokens, strict=True)]
         yield [t if go else None for go, t in zip(going, tokens, strict=True)]
-        full = int(cache.lengths.max()) >= cache.kv.shape[3]
-        if not any(going) or full:
+        going = [go and n < room for go, n in zip(going, cache.lengths.tolist(), strict=True)]
+        if step + 1 == max_new_tokens or not any(going):
             return
+        cache.lengths.clamp_(max=room - 1)  # who is full has stopped: what is written there is never looked at
         logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache)[:, 0]
 
 
@@ -67,7 +65,7 @@ def choose(logits, temperature, top_k, top_p, generators) -> list[int]:
     if temperature == 0:
         return logits.argmax(-1).tolist()
     p = llmfast.softmax(logits.float(), scale=1 / temperature)
-    p, order = p.sort(-1, descending=True, stable=True)
+    p, order = torch.sort(p, dim=-1, descending=True, stable=True)
     if top_k:
         p[:, top_k:] = 0
     p = p.masked_fill(p.cumsum(-1) - p >= top_p * p.sum(-1, keepdim=True), 0)
