@@ -147,9 +147,10 @@ def names(kind: str, c: Config) -> dict[str, tuple[list[str], bool]]:
         for i in range(c.layers):
             ours, theirs = f"encoder.blocks.{i}.", f"bert.encoder.layer.{i}."
             put(ours + "attention.qkv", *(theirs + f"attention.self.{n}" for n in ("query", "key", "value")))
-            for a, b in (("attention.out", "attention.output.dense"), ("norm1", "attention.output.LayerNorm"),
-                         ("mlp.up", "intermediate.dense"), ("mlp.down", "output.dense"), ("norm2", "output.LayerNorm")):  # fmt: skip
-                put(ours + a, theirs + b)
+            put(ours + "attention.out", theirs + "attention.output.dense")
+            put(ours + "norm1", theirs + "attention.output.LayerNorm")
+            put(ours + "mlp.up", theirs + "intermediate.dense"), put(ours + "mlp.down", theirs + "output.dense")
+            put(ours + "norm2", theirs + "output.LayerNorm")
         put("transform.0", "cls.predictions.transform.dense"), put("transform.2", "cls.predictions.transform.LayerNorm")
         put("head", "cls.predictions.decoder", ends=weight)
         out["head.bias"] = ["cls.predictions.bias"], False
@@ -229,12 +230,12 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, device="cpu") -> T
     """The Transformer of a checkpoint folder in the Hugging Face layout, in eval mode.
 
     Args:
-        folder: has config.json and model.safetensors, or model.safetensors.index.json and its shards; model_type is one of
+        folder: has config.json and model.safetensors, or model.safetensors.index.json and its shards; model_type is
             gpt2, llama, mistral, qwen2, qwen3, bert, or llmfast for what only this library can build.
         dtype: of the weights; the file's by default.
 
     Raises:
-        ValueError: a file is missing, truncated, of the wrong shape, unsafe, or of an unknown model; the message names it.
+        ValueError: a file is missing, truncated, mis-shaped, unsafe, or of an unknown model; the message names it.
 
     >>> model = from_pretrained("gpt2")
     """
