@@ -1,6 +1,7 @@
 # make bench   builds the kernels, checks them, benchmarks attention and softmax against PyTorch; ARGS= passes options on
 # make test    the tests (make test-all: the long tier)
 # make bench-gpu, make test-gpu   the same on a GPU machine that already has torch, triton and nvcc; nothing is downloaded
+# make demo    trains a small language model on examples/corpus.txt and shows perplexities, a text, an attention map
 # PYTHON=python3.12 chooses the interpreter that .venv is made from
 PYTHON ?= python3
 CXX ?= g++
@@ -10,10 +11,16 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
 
-.PHONY: bench test test-all sanitize mutants bench-gpu test-gpu build lint clean
+.PHONY: demo bench test test-all sanitize mutants bench-gpu test-gpu build lint clean
 
 bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
+
+demo: build
+	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo --layers 2 --steps 300 --batch-tokens 1024 --dropout 0.3 $(ARGS)
+	$(PY) -m llmfast evaluate --model build/demo --data examples/corpus.txt
+	$(PY) -m llmfast generate --model build/demo --prompt "人工智能"
+	$(PY) -m llmfast attention-map --model build/demo --text "语言模型预测下一个词" --heads 0 1 --out build/demo/attention.png
 
 test: build
 	$(PY) -m pytest -q $(ARGS)
