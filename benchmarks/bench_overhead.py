@@ -1,4 +1,4 @@
-"""What an eager call costs beyond its kernel: one head, one query, one key, so that the kernel has almost nothing to do.
+"""What an eager call costs beyond its kernel: one head, one query, one key, so the kernel has nothing much to do.
 
 The demand is under 10 us a call on the CPU; the baseline is PyTorch's own operation on the same tensors.
 
