@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "models", "encoder")
+FAMILIES = ("attention", "softmax", "models", "encoder", "overhead")
 DEFAULT = ("attention", "softmax", "encoder")  # a few minutes, ending on real input
 HERE = Path(__file__).parent
 
@@ -196,6 +196,8 @@ def _time(seconds):
 
 
 def _rate(rate, unit):
+    if unit == "calls/s":
+        return f"{rate / 1e3:.1f} kcall/s"
     if unit in ("sentences/s", "tokens/s"):
         return f"{rate:.1f} {unit[:4]}/s"
     return f"{rate / 1e12:.1f} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.1f} G{unit}"
