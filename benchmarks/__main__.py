@@ -132,7 +132,7 @@ COLUMNS = (
 
 
 def line(*cells):
-    first, *rest = (f"{cell:>{width}s}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+    _, *rest = (f"{cell:>{width}s}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
     return f"  {cells[0]:{COLUMNS[0][1]}s}" + "".join(rest)
 
 
@@ -214,7 +214,8 @@ def summary(console, rows, family):
         low = min(mine, key=lambda r: r["ratio"])
         base = next(r["provider"] for r in rows if "ratio" in r)
         console.print(
-            f"[bold]{family}: {name} is {statistics.geometric_mean(r['ratio'] for r in mine):.2f}x {base}[/] in geometric mean of "
+            f"[bold]{family}: {name} is {statistics.geometric_mean(r['ratio'] for r in mine):.2f}x {base}[/] "
+            "in geometric mean of "
             f"{len(mine)} rows, lowest {low['ratio']:.2f}x ({low['case']})",
             highlight=False,
         )

@@ -10,9 +10,9 @@ from .functional import attention, log_softmax, softmax
 class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention, the same arguments and state_dict.
 
-    Unlike PyTorch's: need_weights=False never builds the scores, is_causal needs no attn_mask, bool and float masks mix, a row
-    that sees no key gives the output's bias instead of NaN. It also serves as `self_attn` of nn.TransformerEncoderLayer, in
-    eval too: the layer's C++ fast path never runs in its place.
+    Unlike PyTorch's: need_weights=False never builds the scores, is_causal needs no attn_mask, bool and float masks
+    mix, a row that sees no key gives the output's bias instead of NaN. It also serves as `self_attn` of
+    nn.TransformerEncoderLayer, in eval too: the layer's C++ fast path never runs in its place.
 
     >>> m = llmfast.nn.MultiheadAttention(512, 8, batch_first=True)
     >>> o, _ = m(x, x, x, need_weights=False, is_causal=True)
@@ -24,8 +24,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False  # what a TransformerEncoderLayer asks before it takes its C++ fast path
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The output, shaped as query, and the weights or None.
 
