@@ -48,7 +48,7 @@ Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap, compute
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t c = min(kChunk, n - j);
     V most[4] = {none, none, none, none}, sums[4] = {}, products[4] = {};
-    each(x + j, c, cap, none, [&](int64_t e, int k, int64_t, V y) {
+    each(x + j, c, cap, none, [&](int64_t e, int k, int64_t, V y) __attribute__((always_inline)) {
       most[k] = max(most[k], y);
       if (cap != 0) store(buffer + e, y);
     });
@@ -57,7 +57,7 @@ Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap, compute
     const C base = softmax_rows::finite(m);
     const char* const ahead =
         reinterpret_cast<const char*>(x + j + kChunk);  // the next chunk comes while this one is summed
-    auto add = [&](int64_t e, int k, int64_t count, V y) {
+    auto add = [&](int64_t e, int k, int64_t count, V y) __attribute__((always_inline)) {
       if (k == 0) LLMFAST_UNROLL
       for (int64_t at = 0; at < static_cast<int64_t>(4 * L * sizeof(T)); at += 64)
         __builtin_prefetch(ahead + e * sizeof(T) + at);
@@ -168,7 +168,7 @@ void backward(const CrossEntropyBackward& p) {
     const double hit = valid ? (1 - p.label_smoothing) * (w ? w[y] : C(1)) : __builtin_nan("");
     const C a = static_cast<C>((hit + smooth * all + 2 * p.z_loss * lse) * dloss);
     const C b = static_cast<C>(smooth * dloss), h = static_cast<C>(hit * dloss);
-    auto gradient = [&](V v, V weights, C onehot) {
+    auto gradient = [&](V v, V weights, C onehot) __attribute__((always_inline)) {
       V factor = splat(C(1));
       if (cap != 0) {
         const V th = tanh(v * (1 / cap));
@@ -181,7 +181,7 @@ void backward(const CrossEntropyBackward& p) {
     const bool here = valid && y >= j0 && y < j0 + n;
     C at_target = 0;
     if (here) at_target = gradient(splat(C(to_float(x[y - j0]))), splat(w ? w[y] : C(1)), h)[0];
-    each(x, n, C(0), V{}, [&](int64_t e, int, int64_t count, V v) {
+    each(x, n, C(0), V{}, [&](int64_t e, int, int64_t count, V v) __attribute__((always_inline)) {
       V weights = splat(C(1));
       if (w && b != 0) weights = count == L ? loadu(w + j0 + e) : load_part(w + j0 + e, count);
       const V g = gradient(v, weights, C(0));
