@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "models", "encoder")
+FAMILIES = ("attention", "softmax", "linear", "models", "encoder")
 DEFAULT = ("attention", "softmax", "encoder")  # a few minutes, ending on real input
 HERE = Path(__file__).parent
 

@@ -40,21 +40,6 @@ struct Workspace {
   const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
 };
 
-// A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
-template <class T, bool kPart>
-LLMFAST_INLINE auto units(const T* p, int64_t n) {
-  if constexpr (kPairs<T>) {
-    if constexpr (kPart) return load_pairs_part(p, n);
-    return loadu(reinterpret_cast<const int32_t*>(p));
-  } else {
-    if constexpr (kPart) return load_part(p, n);
-    return loadu(p);
-  }
-}
-LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
-LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
-LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
-
 // S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next
 // block's k: to L2 only, because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
 template <int R, class T>

@@ -7,6 +7,7 @@
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/softmax.inl"
+#include "cpu/linear.inl"
 #include "cpu/peak.inl"
 
 #define LLMFAST_NAME_(x) #x
@@ -18,5 +19,6 @@ const Kernels LLMFAST_TABLE = {
     LLMFAST_ISA::attention_decode,   LLMFAST_ISA::peak,
     LLMFAST_ISA::attention_backward, LLMFAST_ISA::rowdot,
     LLMFAST_ISA::softmax_forward,    LLMFAST_ISA::softmax_backward,
+    LLMFAST_ISA::linear,
 };
 }  // namespace llmfast::cpu
