@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "models", "encoder", "overhead")
+FAMILIES = ("attention", "softmax", "linear", "models", "encoder", "overhead")
 DEFAULT = ("attention", "softmax", "encoder")  # a few minutes, ending on real input
 HERE = Path(__file__).parent
 

@@ -127,6 +127,11 @@ PYBIND11_MODULE(_cpu, m) {
     Released release;
     kernels->rowdot(x, y, d);
   });
+  m.def("linear", [](py::handle x, py::handle w, py::handle bias, py::handle y) {
+    const Tensor a = view(x), b = view(w), c = view(bias), d = view(y);
+    Released release;
+    kernels->linear(a, b, c, d);
+  });
   m.def("softmax_forward",
         [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
           const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};

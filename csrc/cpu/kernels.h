@@ -15,6 +15,7 @@ struct Kernels {
   void (*softmax_backward)(const SoftmaxBackward&);
   void (*cross_entropy_forward)(const CrossEntropy&);
   void (*cross_entropy_backward)(const CrossEntropyBackward&);
+  void (*linear)(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y);
 };
 
 // Weak: a table that setup.py leaves out (LLMFAST_ISAS) has no address.

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ..ops import like, lse_dtype
+from ..ops import LINEAR_ROWS, like, lse_dtype
 from ..spec import Grads
 from . import Op
 
@@ -145,3 +145,26 @@ def _cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
 
 
 cross_entropy = Op(_cross_entropy_supports, _cross_entropy_forward, _cross_entropy_backward)
+
+
+_LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _linear_supports(x, weight, bias):
+    if _cpu is None:
+        return _NOT_BUILT
+    if not x.is_cpu:
+        return f"needs a CPU tensor, got {x.device}"
+    if x.dtype not in _LINEAR_DTYPES:
+        return f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
+    return None if x.shape[0] <= LINEAR_ROWS else f"{x.shape[0]} rows are more than {LINEAR_ROWS}"
+
+
+def _linear_forward(x, weight, bias):
+    x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _cpu.linear(x, weight, bias, y)
+    return y
+
+
+linear = Op(_linear_supports, _linear_forward, None)
