@@ -66,8 +66,18 @@ TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "atten
 
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem."""
-    from .kernels import attention, attention_backward, decode, softmax
-    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
+    from .kernels import attention, attention_backward, cross_entropy, decode, softmax
+    from .spec import (
+        NO_CROSS_ENTROPY_EXTRAS,
+        NO_EXTRAS,
+        NO_SOFTMAX_EXTRAS,
+        AttentionSpec,
+        CrossEntropyExtras,
+        CrossEntropySpec,
+        Extras,
+        SoftmaxExtras,
+        SoftmaxSpec,
+    )
 
     def attend(D, dtype, option):
         q, k, o = (torch.empty(1, h, 256, D, dtype=dtype) for h in (4, 2, 4))
@@ -96,6 +106,11 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         y = softmax.forward(x, None, SoftmaxSpec(), extras)
         softmax.backward(y, y, SoftmaxSpec(), extras)
 
+    def classify(T, V, dtype, spec=CrossEntropySpec(), extras=NO_CROSS_ENTROPY_EXTRAS):  # noqa: B008
+        x, target, loss = torch.empty(T, V, dtype=dtype), torch.empty(T, dtype=torch.int64), torch.empty(T)
+        cross_entropy.forward(x, target, loss, loss, spec, extras)
+        cross_entropy.backward(loss, x, target, loss, x, spec, extras)
+
     for dtype in dtypes:
         for option in options:
             for D in dims:
@@ -104,6 +119,10 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=SoftmaxExtras(mask, bias): soften(128, t, e)
         for N in (128, 4096, 32768, 100000):
             yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
+        for T, V in ((4096, 1000), (4096, 151936), (4, 151936)):
+            yield f"{dtype} T={T} V={V}", lambda T=T, V=V, t=DTYPES[dtype]: classify(T, V, t)
+        everything, weight = CrossEntropySpec(-100, 0.1, 0.01, 30.0), CrossEntropyExtras(torch.ones(32000))
+        yield f"{dtype} V=32000 everything", lambda t=DTYPES[dtype]: classify(4, 32000, t, everything, weight)
 
 
 def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
