@@ -49,7 +49,7 @@ TILES = {
     },
     "float32": {  # multiply-adds instead of tensor cores: operands and results all in registers
         64: ((32, 32, 4, 2),) * 3,
-        128: ((32, 32, 8, 1),) * 3,
+        128: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 2)),  # dq in one stage keeps more: 255 registers, 88 B spilled
         256: ((16, 16, 8, 1),) * 3,
     },
     "interpreter": {256: ((64, 64, 4, 1),) * 3},  # its time goes by the number of tiles

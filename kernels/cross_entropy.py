@@ -4,9 +4,9 @@ x = softcap(x), lse = log sum exp x, hit = (1 - label_smoothing) w[y], smooth = 
     loss = hit (lse - x[y]) + smooth sum w (lse - x) + z_loss lse^2
     dx   = dloss dcap ((hit + smooth sum w + 2 z_loss lse) exp(x - lse) - smooth w - hit onehot(y))
 A row whose target is ignore_index has loss 0 and dx 0; one whose target is no class has loss and dx NaN.
-Forward: one read of x, in blocks of BLOCK_N columns, each with a maximum and sum of its own, merged from left to right by one
-formula: which program takes a block changes no bit. Backward: one read, one write, over x itself when asked. All arithmetic is
-float32; sums over a row end in float64.
+Forward: one read of x, in blocks of BLOCK_N columns, each with a maximum and sum of its own, merged from left to right
+by one formula: which program takes a block changes no bit. Backward: one read, one write, over x itself when asked.
+All arithmetic is float32; sums over a row end in float64.
 """
 
 import torch
@@ -16,12 +16,12 @@ import triton.language as tl
 from .attention import tanh
 from .softmax import row_sum
 
-BLOCK = 8192  # columns at once: 32 a thread at 8 warps, so that two or three programs share an SM and hide each other's loads
+BLOCK = 8192  # columns at once: 32 a thread at 8 warps, so that programs share an SM and hide each other's loads
 PROGRAMS = 512  # fewer than these leave some of 132 SMs idle: then a long row's blocks go to programs of their own
 
 
 def tile(V):
-    """BLOCK_M, BLOCK_N and num_warps, the same for every T; 4096 elements a program in short rows, so that a warp's loads are full."""
+    """BLOCK_M, BLOCK_N and num_warps, the same for every T; 4096 elements in short rows: a warp's loads are full."""
     block_n = min(max(16, triton.next_power_of_2(V)), BLOCK)
     block_m = max(1, 4096 // block_n)
     return block_m, block_n, block_m * block_n // 1024
@@ -43,8 +43,8 @@ def forward(x, target, loss, lse, spec, extras):
     )
     if split:
         cross_entropy_merge[(tiles,)](
-            x, target, loss, lse, parts, extras, _total(spec, extras), x.stride(), target.stride(0), T, V, blocks, *spec,
-            num_warps=1, **common,
+            x, target, loss, lse, parts, extras, _total(spec, extras), x.stride(), target.stride(0),
+            T, V, blocks, *spec, num_warps=1, **common,
         )
 
 
@@ -59,7 +59,7 @@ def cross_entropy_fwd(
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M rows of loss and lse; with parts (3, blocks, T) one block of them: its maximum, sum of exp and sum of w x."""
+    """BLOCK_M rows of loss and lse; with parts (3, blocks, T) one block of them: maximum, sum of exp, sum of w x."""
     if parts is not None:
         rows = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
         block = tl.program_id(0) % blocks
@@ -76,8 +76,8 @@ def cross_entropy_fwd(
         for n0 in range(0, V, BLOCK_N):
             m_block, l_block, s_block = block_sums(x, extras, sx, rows, n0, T, V, softcap, SMOOTH, SOFTCAP, BLOCK_N)
             m, l, s = merged(m, l, s, m_block, l_block, s_block)
-        finish(x, target, loss, lse, extras, total, sx, starget, rows, T, V, ignore_index, label_smoothing, z_loss, softcap,
-               m, l, s, SMOOTH, SOFTCAP)
+        finish(x, target, loss, lse, extras, total, sx, starget, rows, T, V, ignore_index, label_smoothing, z_loss,
+               softcap, m, l, s, SMOOTH, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["T", "V", "blocks", "ignore_index"])
@@ -96,17 +96,21 @@ def cross_entropy_merge(
         l_block = tl.load(at + part, mask=rows < T, other=0.0)
         s_block = tl.load(at + 2 * part, mask=rows < T, other=0.0) if SMOOTH else l_block
         m, l, s = merged(m, l, s, m_block, l_block, s_block)
-    finish(x, target, loss, lse, extras, total, sx, starget, rows, T, V, ignore_index, label_smoothing, z_loss, softcap,
-           m, l, s, SMOOTH, SOFTCAP)
+    finish(x, target, loss, lse, extras, total, sx, starget, rows, T, V, ignore_index, label_smoothing, z_loss,
+           softcap, m, l, s, SMOOTH, SOFTCAP)
 
 
 @triton.jit
 def nothing(BLOCK_M: tl.constexpr):
-    return tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M], tl.float64)
+    zero = tl.zeros([BLOCK_M], tl.float32)
+    return zero - float("inf"), zero, zero.to(tl.float64)
 
 
 @triton.jit
-def block_sums(x, extras, sx, rows, n0, T, V, softcap, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr):
+def block_sums(
+    x, extras, sx, rows, n0, T, V, softcap,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
+):
     """Maximum, sum of exp(x - maximum) and sum of w x of one block of columns: (BLOCK_M,) each."""
     cols = n0 + tl.arange(0, BLOCK_N)
     inside = (rows < T)[:, None] & (cols < V)[None, :]
@@ -152,7 +156,7 @@ def finish(
     x, target, loss, lse, extras, total, sx, starget, rows, T, V, ignore_index, label_smoothing, z_loss, softcap,
     m, l, s, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
 ):
-    """loss and lse from the sums of whole rows; lse - x[y] is log(l) + (m - x[y]), which loses nothing to the size of m."""
+    """loss and lse from the sums of whole rows; lse - x[y] as log(l) + (m - x[y]) loses nothing to the size of m."""
     kept, y, hit, total = classes(target, extras, total, starget, rows, T, V, ignore_index, label_smoothing, SMOOTH)
     x_y, _ = logits(x, sx, rows, y, kept, softcap, SOFTCAP)  # (BLOCK_M,)
     m, log_l = finite(m), tl.log(l)
@@ -166,7 +170,7 @@ def finish(
 
 @triton.jit
 def classes(target, extras, total, starget, rows, T, V, ignore_index, label_smoothing, SMOOTH: tl.constexpr):
-    """Which rows count, their classes, the weight of -log p[y] (NaN where y is no class), and the sum of all class weights."""
+    """Which rows count, their classes, the weight of -log p[y] (NaN where y is no class), the sum of all weights."""
     y = tl.load(target + rows.to(tl.int64) * starget, mask=rows < T, other=0)
     kept = (rows < T) & (y != ignore_index)
     known = (y >= 0) & (y < V)
@@ -189,8 +193,8 @@ def backward(dloss, x, target, lse, dx, spec, extras):
     block_m, block_n, num_warps = tile(V)
     blocks = triton.cdiv(V, block_n)
     cross_entropy_bwd[(triton.cdiv(T, block_m) * blocks,)](
-        dloss, x, target, lse, dx, extras, _total(spec, extras), x.stride(), dx.stride(), dloss.stride(0), target.stride(0),
-        T, V, blocks, *spec,
+        dloss, x, target, lse, dx, extras, _total(spec, extras), x.stride(), dx.stride(), dloss.stride(0),
+        target.stride(0), T, V, blocks, *spec,
         SMOOTH=spec.label_smoothing != 0, SOFTCAP=spec.softcap != 0, BLOCK_M=block_m, BLOCK_N=block_n,
         ONE=blocks == 1, num_warps=num_warps,
     )
@@ -215,7 +219,8 @@ def cross_entropy_bwd(
         p = e / row_sum(e)[:, None]
     else:
         p = tl.exp(x_tile - lse_row[:, None])
-    d = hit[:, None] * (p - tl.where(cols[None, :] == y[:, None], 1.0, 0.0)) + p * (2 * z_loss * lse_row)[:, None]  # p - 1 is exact
+    onehot = tl.where(cols[None, :] == y[:, None], 1.0, 0.0)
+    d = hit[:, None] * (p - onehot) + p * (2 * z_loss * lse_row)[:, None]  # p - 1 is exact from 1/2 on
     if SMOOTH:
         w = 1.0
         if extras.weight is not None:
