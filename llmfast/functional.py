@@ -524,7 +524,12 @@ def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing
 def _count(target, spec, extras):
     """What a mean divides by: the class weights of the rows that count."""
     kept = target != spec.ignore_index
-    return kept.sum() if extras.weight is None else (extras.weight[target.where(kept, 0)] * kept).sum()
+    if extras.weight is None:
+        return kept.sum()
+    y = target.where(kept, 0).clamp(
+        0, max(extras.weight.shape[0] - 1, 0)
+    )  # on a GPU a target may be no class: its loss is NaN
+    return (extras.weight[y] * kept).sum()
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
