@@ -1,7 +1,8 @@
 """python tests/gpu_run.py [--out DIR] [--dry-run]: what a GPU machine without network can tell, in about 8 minutes.
 
 Each stage has its own time limit and a log in DIR ($OUT, or build/gpu) that is written as it goes; summary.jsonl has a
-line a stage. A stage that this machine can't run says why in that line. Exit status 1 where a stage failed or ran out of time.
+line a stage. A stage that this machine can't run says why in that line. Exit status 1 where a stage failed or ran out
+of time.
 """
 
 import argparse
@@ -35,8 +36,8 @@ def stages(out):
     tests = [f"tests/test_{name}.py" for name in ("attention", "softmax", "cross_entropy", "triton_decode")]
     yield Stage("tests", 90, [*python, "-m", "pytest", "-q", *tests, f"--junitxml={out / 'tests.xml'}"], ("gpu",))
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1", "--kernel-regex", "kns=llmfast"]
-        yield Stage(tool, 30, [*command, *python, "tests/gpu_shapes.py"], ("compute-sanitizer", "gpu"))
+        command = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=1"]
+        yield Stage(tool, 45, [*command, *python, "tests/gpu_shapes.py"], ("compute-sanitizer", "gpu"))
     bench = [*python, "-m", "benchmarks", "run", "--device", "cuda"]
     yield Stage("benchmarks", 120, bench, ("gpu",))
     profile = ["ncu", "--set", "full", "--clock-control", "none", "-k", "regex:attention_(fwd|bwd)", "-c", "4"]
