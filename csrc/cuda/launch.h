@@ -9,6 +9,10 @@ namespace llmfast::cuda {
 // where a sequence has a row.
 const char* attention_forward(const AttentionForward& problem, void* stream);
 
+// dq, dk and dv from dout, q, k, v (16-byte aligned rows), lse and delta float32; dbias, dsinks and o are not looked
+// at.
+const char* attention_backward(const AttentionBackward& problem, void* stream);
+
 // float32, float16 or bfloat16, any sizes, the last dimension of x and y contiguous; y may be x.
 const char* softmax_forward(const Softmax& problem, void* stream);
 

@@ -5,7 +5,8 @@ from functools import cache
 import torch
 
 from ..ops import like
-from . import Op
+from ..spec import Grads
+from . import Op, reference
 
 try:
     from .. import _cuda
@@ -57,6 +58,8 @@ def attention_op(refuses, launch) -> Op:
             return f"{max(q.shape[2], k.shape[2])} rows are more than 2**30"
         if spec.dropout_p:
             return "dropout is not supported"
+        if extras.bias is not None and extras.bias.requires_grad:
+            return "the gradient of bias is not supported"
         return next((f"{name} is not supported" for name in _REFUSED if getattr(extras, name) is not None), None)
 
     def forward(q, k, v, spec, extras, need_lse=True):
@@ -72,7 +75,20 @@ def attention_op(refuses, launch) -> Op:
         launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, extras)
         return o, lse
 
-    return Op(supports, forward, None)
+    def backward(do, q, k, v, o, lse, delta, spec, extras):
+        new = torch.zeros_like if extras.packed else torch.empty_like  # rows that no sequence covers
+        dq, dk, dv = new(q), new(k), new(v)
+        dsinks = None
+        if extras.sinks is not None:
+            share = torch.exp(extras.sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+            dsinks = -(share * delta).sum((0, 2)).to(extras.sinks.dtype)
+        if extras.bias is not None:
+            extras = extras._replace(bias=_narrow(extras.bias))
+        rows = (_aligned(t) for t in (do, q, k, v))
+        launch("attention_backward", q, *rows, lse, delta, dq, dk, dv, spec, extras)
+        return Grads(dq, dk, dv, None, dsinks)
+
+    return Op(supports, forward, backward, reference.rowdot)
 
 
 def softmax_op(refuses, launch) -> Op:

@@ -17,7 +17,7 @@ from llmfast.backends import cuda
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_model"
-KERNELS = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("softmax", "attention_bf16", "attention_fp16")]
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 MODEL = HERE / "device.cpp"
 SANITIZERS = {
     "": [],
