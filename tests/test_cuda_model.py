@@ -8,6 +8,7 @@ import shutil
 
 import cuda_model
 import pytest
+import test_cross_entropy
 import torch
 
 import llmfast
@@ -22,6 +23,7 @@ def cuda(monkeypatch):
     """The cuda backend runs on the host model."""
     monkeypatch.setitem(backends._ops, ("attention", "cuda"), cuda_model.attention)
     monkeypatch.setitem(backends._ops, ("softmax", "cuda"), cuda_model.softmax)
+    monkeypatch.setitem(backends._ops, ("cross_entropy", "cuda"), cuda_model.cross_entropy)
     yield
     cuda_model.schedule(0)
 
@@ -51,6 +53,44 @@ def test_attention(cuda, name, dtype):
 def test_softmax(cuda, name, dtype):
     x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[name], DTYPES[dtype])
     assert cases.softmax_disagreements(x, options, dy, cases.run_softmax(x, options, dy, "cuda")) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", test_cross_entropy.OPTIONS)
+@pytest.mark.parametrize("shape", [(7, 5), (33, 517), (5, 5003), (4, 1024)], ids=str)
+def test_cross_entropy_agrees_with_float64(cuda, shape, name, dtype):
+    test_cross_entropy.test_agrees_with_float64(shape, name, dtype, "cuda")
+
+
+CE_FAULTS = {
+    51: "the running sum is not rescaled",
+    52: "two reductions share their shared memory",
+    53: "writes one column past the end",
+}
+
+
+def test_a_target_out_of_range_is_nan_for_its_row(cuda):
+    x, y = torch.randn(4, 300), torch.tensor([0, 300, -1, 299])
+    op = cuda_model.cross_entropy
+    spec, extras = llmfast.spec.CrossEntropySpec(), llmfast.spec.CrossEntropyExtras()
+    loss, lse = op.forward(x, y, spec, extras)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    dx = op.backward(torch.ones(4), x, y, lse, spec, extras)
+    assert dx.isnan().all(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("fault", CE_FAULTS)
+def test_cross_entropy_fault_is_caught(cuda, fault):
+    x, y = torch.randn(3, 1001).mul(3), torch.tensor([5, 7, 1000])
+    op = cuda_model.cross_entropy
+    spec, extras = llmfast.spec.CrossEntropySpec(), llmfast.spec.CrossEntropyExtras()
+    loss, lse = op.forward(x, y, spec, extras)
+    dx = op.backward(torch.ones(3), x, y, lse, spec, extras)
+    whole = torch.full((3, 1003), 7.0)
+    cuda_model.schedule(0, fault)
+    broken, _ = op.forward(x, y, spec, extras)
+    cuda_model.library().cross_entropy(x, y, None, None, torch.ones(3), lse, whole[:, :1001], spec, 0)
+    assert not (torch.equal(loss, broken) and torch.equal(dx, whole[:, :1001]) and bool((whole[:, 1001:] == 7).all()))
 
 
 @pytest.mark.parametrize(

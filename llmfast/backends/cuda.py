@@ -123,6 +123,31 @@ def softmax_op(refuses, launch) -> Op:
     return Op(supports, forward, backward)
 
 
+def cross_entropy_op(refuses, launch) -> Op:
+    def supports(x, target, spec, extras):
+        if (why := refuses(x)) is not None:
+            return why
+        return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
+
+    row = lambda t: t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+    def forward(x, target, spec, extras):
+        loss, lse = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+        weight = None if extras.weight is None else extras.weight.float()
+        launch("cross_entropy", x, row(x), target, weight, None, loss, lse, None, spec)
+        return loss, lse
+
+    def backward(dloss, x, target, lse, spec, extras, out=None):
+        weight = None if extras.weight is None else extras.weight.float()
+        total = None if weight is None else weight.sum()[None]
+        rows = row(x)
+        dx = rows if out is not None else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        launch("cross_entropy", x, rows, target, weight, total, dloss.float(), lse, dx, spec)
+        return dx if out is None or out is dx else out.copy_(dx)
+
+    return Op(supports, forward, backward)
+
+
 def _narrow(t):
     return t.float() if t.dtype == torch.float64 else t
 
@@ -139,3 +164,4 @@ def _aligned(t):
 
 attention = attention_op(_refuses, _launch)
 softmax = softmax_op(_refuses, _launch)
+cross_entropy = cross_entropy_op(_refuses, _launch)
