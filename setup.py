@@ -110,7 +110,7 @@ extensions = [Extension("llmfast._cpu", ["csrc/bindings_cpu.cpp", "csrc/cpu/disp
 if cuda := sources("csrc/cuda/*.cu"):
     extensions.append(Extension("llmfast._cuda", ["csrc/bindings_cuda.cpp", *cuda]))
 setup(
-    packages=["llmfast", "llmfast.backends", "llmfast.kernels"],
+    packages=["llmfast", "llmfast.backends", "llmfast.kernels", "llmfast.models", "llmfast.text"],
     package_dir={"llmfast.kernels": "kernels"},
     package_data={"llmfast": ["py.typed"]},
     ext_modules=extensions,

@@ -1,10 +1,11 @@
-"""python -m llmfast info | check | inspect"""
+"""python -m llmfast info | check | inspect | train | generate | evaluate | attention-map"""
 
 import argparse
 import json
 import sys
 
 from . import backends, check, info
+from .text import commands as text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "inspect", add_help=False, help="registers, spills, shared memory of each Triton kernel on each GPU"
     )
+    text.add(commands)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "inspect":
         from .inspect_kernels import main as inspect
@@ -26,6 +28,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if hasattr(chosen, "run"):
+        sys.exit(text.main(chosen))
     if chosen.command == "info":
         show_info(chosen.json)
     else:

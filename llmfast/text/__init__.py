@@ -1,0 +1,1 @@
+"""Text in, text out: corpus, training, generation, looking inside."""

@@ -1,0 +1,255 @@
+"""Corpus, training that survives a kill, generation, perplexities, attention maps, and the commands' errors."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("nltk")
+from llmfast import cli
+from llmfast.models import Config, NeuralLM, NGram, Transformer, from_pretrained
+from llmfast.text import attention_map, corpus, generation, training
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    model = Transformer(
+        Config(300, **(dict(dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=64, tied=False) | options))
+    )
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data *= 6  # so that the logits aren't flat
+    return model.eval()
+
+
+def test_load_and_clean(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": "e\u0301\x00a\ufeff <|endoftext|>b"}) + "\n\n", encoding="utf-8")
+    assert corpus.load(path) == ["\u00e9a  b"]
+    (tmp_path / "a.tsv").write_text("one\ttwo\nthree\n")
+    assert corpus.load(tmp_path / "a.tsv") == ["one", "three"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"x", "expected .txt, .jsonl or .tsv"),
+        ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
+        ("a.txt", b" \n\n", "holds no text"),
+        ("a.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
+        ("a.jsonl", b"[1]", 'expected an object with a string "text"'),
+    ],
+)
+def test_bad_files(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        corpus.load(tmp_path / name)
+
+
+def test_duplicates_go():
+    long = "Attention weighs every word by how much it matters to the word that is being written."
+    texts = [long, long, long.replace("every", "Every") + "!", "Another sentence altogether.", "短句。"]
+    assert corpus.distinct(texts) == [long, "Another sentence altogether.", "短句。"]
+
+
+def test_split_depends_on_the_text_alone():
+    texts = [f"text {i}" for i in range(500)]
+    kept, held = corpus.split(texts, 0.2)
+    assert corpus.split(texts[::-1], 0.2)[1] == held[::-1]
+    assert 60 < len(held) < 140
+    assert sorted(kept + held) == sorted(texts)
+
+
+def test_tokenizer_round_trip_and_packing():
+    texts = corpus.load(EXAMPLES / "corpus.txt")
+    tokenizer = corpus.train_tokenizer(texts, 500)
+    for text in [*texts, "𝄞 emoji 😀 and 汉字"]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    pieces = corpus.sequences(texts[:3], tokenizer, 8)
+    ids, target, cu = corpus.packed(pieces)
+    assert max(map(len, pieces)) == 9
+    assert cu.diff().tolist() == [len(p) - 1 for p in pieces]
+    assert target[:7].tolist() == ids[1:8].tolist()
+    asked = [t for p in pieces for t in p[1:]]
+    assert asked == [t for e in tokenizer.encode_batch(texts[:3]) for t in [*e.ids, 0]]  # every token once
+
+
+def little_run(folder, die=-1, how=signal.SIGINT):
+    """20 steps, saved every 5, resumed where something is there; how is raised in step die. The losses."""
+
+    def report(step, loss):
+        if step == die:
+            signal.raise_signal(how)
+
+    torch.manual_seed(0)
+    model = Transformer(Config(50, dim=32, layers=1, heads=2, max_length=16, dropout=0.1))
+    pieces = [torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(40)]
+    s = training.Settings(steps=20, batch_tokens=64, warmup=3, save_every=5)
+    return training.train_lm(model, pieces, s, folder, resume=True, report=report)
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(tmp_path):
+    whole = little_run(tmp_path / "whole")
+    assert len(whole) == 20
+    call = f"little_run({str(tmp_path / 'a')!r}, 12, signal.SIGKILL)"
+    code = f"import signal; from tests.test_text import little_run; {call}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=EXAMPLES.parent)
+    assert done.returncode == -signal.SIGKILL
+    assert len(torch.load(tmp_path / "a" / "training.pt")["losses"]) == 10
+    assert little_run(tmp_path / "a") == whole
+
+
+def test_an_interrupted_run_is_usable_and_goes_on(tmp_path):
+    losses = little_run(tmp_path, die=7)
+    assert len(losses) == 8
+    from_pretrained(tmp_path)
+    assert little_run(tmp_path) == little_run(tmp_path / "whole")
+
+
+def collect(model, prompts, **options):
+    out = [[] for _ in prompts]
+    for tokens in generation.generate(model, prompts, **options):
+        for b, t in enumerate(tokens):
+            out[b] += [] if t is None else [t]
+    return out
+
+
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
+def test_batch_gives_the_same_text(options):
+    model, prompts = tiny(), [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2]]
+    together = collect(model, prompts, max_new_tokens=20, **options)
+    assert together == [collect(model, [p], max_new_tokens=20, **options)[0] for p in prompts]
+    assert len({t for row in together for t in row}) > 5
+    assert [len(row) for row in together] == [20] * 3
+    stop = together[0][4]
+    stopped = collect(model, prompts, max_new_tokens=20, stop=(stop,), **options)
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in together]
+
+
+def test_greedy_is_the_argmax_of_the_whole_sequence():
+    model, ids = tiny(), [5, 6, 7]
+    (got,) = collect(model, [ids], max_new_tokens=70)
+    assert len(got) == 64 - 3 + 1  # the model's positions are used up, and the last one still predicts
+    with torch.inference_mode():
+        whole = model(torch.tensor([[*ids, *got[:-1]]]))[0, 2:]
+    assert whole.argmax(-1).tolist() == got
+
+
+def test_top_k_and_top_p():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0]]).log_softmax(-1).expand(400, -1)
+    draw = lambda k, p: set(
+        generation.choose(logits, 1.0, k, p, [torch.Generator().manual_seed(i) for i in range(400)])
+    )
+    assert draw(0, 1.0) == {0, 1, 2, 3}
+    assert draw(2, 1.0) == {1, 2}
+    assert draw(0, 0.6) == {1}
+    assert draw(0, 0.7) == {1, 2}
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_new_tokens=0)])
+def test_bad_generation(bad):
+    with pytest.raises(ValueError, match="expected"):
+        next(generation.generate(tiny(), [[1]], **bad))
+    with pytest.raises(ValueError, match="holds no token"):
+        next(generation.generate(tiny(), [[]]))
+
+
+def test_stream_never_says_half_a_character():
+    tokenizer = corpus.train_tokenizer(["abc"], 260)
+    text, stream = "a人😀b", None
+    stream = generation.Stream(tokenizer)
+    said = [stream.push(t) for t in tokenizer.encode(text).ids]
+    assert "".join(said) + stream.end() == text
+    assert all("\ufffd" not in s for s in said)
+
+
+def test_ngram_is_counts_smoothed():
+    pieces = [[0, 1, 2, 1, 2], [0, 1, 3]]
+    model = NGram(2, 5).fit(pieces)
+    # C(1, .) = 2, 2, 3: lambda = 3 / (3 + 2); C(2) + 1 = 3 of 8 + 5 tokens
+    assert math.isclose(model.surprisal([[1, 2]]).exp().item(), 1 / (0.6 * 2 / 3 + 0.4 * 3 / 13), rel_tol=1e-5)
+    total = sum((-model.surprisal([[1, w]])).exp().item() for w in range(5))
+    assert math.isclose(total, 1.0, rel_tol=1e-5)
+
+
+def test_surprisal_counts_the_same_tokens():
+    pieces = [[0, 5, 6, 7, 0], [0, 8, 0], [0, 9, 9, 0]]
+    model = tiny()
+    got = training.surprisal(model, pieces, batch_tokens=6)
+    with torch.inference_mode():
+        want = [model(torch.tensor([p[:-1]])).log_softmax(-1)[0, range(len(p) - 1), p[1:]] for p in pieces]
+    assert torch.allclose(got, -torch.cat(want), atol=1e-5)
+    assert len(got) == len(NeuralLM(300).surprisal(pieces)) == len(NGram(2, 300).fit(pieces).surprisal(pieces))
+
+
+def test_attention_map_rows_and_heads(tmp_path):
+    model = tiny()
+    p = attention_map.weights(model, [1, 2, 3, 4, 5], 1, [0, 3], rows=[2, 4])
+    assert p.shape == (2, 2, 5)
+    assert torch.allclose(p.sum(-1), torch.ones(2, 2))
+    assert (p[:, 0, 3:] == 0).all()
+    whole = attention_map.weights(model, [1, 2, 3, 4, 5], 1, [0, 1, 2, 3])
+    assert torch.allclose(whole[[0, 3]][:, [2, 4]], p)
+    attention_map.draw(p, list("abcd人"), ["c", "人"], ["0", "3"], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(map(str, arguments)))
+    said = capsys.readouterr()
+    return ended.value.code, said.out, said.err
+
+
+def test_commands(tmp_path, capsys):
+    data, out = EXAMPLES / "corpus.txt", tmp_path / "model"
+    small = ["--steps", 8, "--dim", 32, "--layers", 1, "--vocab-size", 400, "--warmup", 2, "--save-every", 4]
+    code, said, _ = run(capsys, "train", "--data", data, "--out", out, *small)
+    assert code == 0
+    assert "held-out texts" in said
+    code, said, _ = run(capsys, "generate", "--model", out, "--prompt", "人工智能", "--max-new-tokens", 8)
+    assert code == 0
+    assert said.startswith("人工智能")
+    both = ["--prompt", "人工智能", "--prompt", "A model"]
+    code, batch, _ = run(capsys, "generate", "--model", out, *both, "--max-new-tokens", 8)
+    assert batch.splitlines()[0] == said.rstrip("\n")
+    code, said, _ = run(capsys, "evaluate", "--model", out, "--data", data)
+    assert code == 0
+    assert "transformer" in said
+    code, *_ = run(capsys, "attention-map", "--model", out, "--text", "A model 人工智能", "--out", tmp_path / "a.png")
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--data", "nowhere.txt"], "No such file"),
+        (["train", "--data", "corpus.csv"], "expected .txt"),
+        (["generate", "--model", "nowhere", "--prompt", "a"], "no such folder"),
+        (["evaluate", "--model", "nowhere", "--data", "x.txt"], "no such folder"),
+        (["attention-map", "--model", "nowhere", "--text", "a"], "no such folder"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, message):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_by_hand():
+    done = subprocess.run(
+        [sys.executable, "examples/attention_by_hand.py"], cwd=EXAMPLES.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": ".", "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "sum to 1.000000" in done.stdout
