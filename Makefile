@@ -2,6 +2,7 @@
 # make test    the tests (make test-all: the long tier)
 # make bench-gpu, make test-gpu   the same on a GPU machine that already has torch, triton and nvcc; nothing is downloaded
 # make demo    trains a small language model on examples/corpus.txt and shows perplexities, a text, an attention map
+# make gpu     on such a machine, in about 8 minutes: conformance, tests, compute-sanitizer, benchmarks, profile; into $OUT or build/gpu
 # PYTHON=python3.12 chooses the interpreter that .venv is made from
 PYTHON ?= python3
 CXX ?= g++
@@ -11,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
 
-.PHONY: demo bench test test-all sanitize mutants bench-gpu test-gpu build lint clean
+.PHONY: demo bench test test-all sanitize mutants bench-gpu test-gpu gpu build lint clean
 
 bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
@@ -42,6 +43,9 @@ bench-gpu:
 test-gpu:
 	LLMFAST_CUDA=1 $(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -q $(ARGS)
+
+gpu:
+	$(PYTHON) tests/gpu_run.py $(ARGS)
 
 build: .venv/ready
 	@LLMFAST_CUDA=$${LLMFAST_CUDA:-$(HAS_GPU)} $(PY) setup.py -q build_ext --inplace

@@ -1,7 +1,9 @@
-"""Builds llmfast._cpu always and llmfast._cuda where nvcc is found, through one ninja file each: no torch, no torch headers.
+"""Builds llmfast._cpu always and llmfast._cuda where nvcc is found, through one ninja file each: no torch, no torch
+headers.
 
 LLMFAST_CUDA=0 leaves CUDA out, =1 demands it; LLMFAST_CUDA_ARCHS="80;90a" chooses the architectures.
-LLMFAST_ISAS="avx2" builds only these instruction sets; LLMFAST_SANITIZE="address,undefined" builds with g++'s sanitizers.
+LLMFAST_ISAS="avx2" builds only these instruction sets; LLMFAST_SANITIZE="address,undefined" builds with g++'s
+sanitizers.
 """
 
 import os

@@ -1,1 +1,1 @@
-"""Benchmarks: each bench_*.py is a table of providers, a list of shapes and a formula; `python -m benchmarks` runs them."""
+"""Each bench_*.py is a table of providers, a list of shapes and a formula; `python -m benchmarks` runs them."""

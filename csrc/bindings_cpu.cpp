@@ -1,6 +1,7 @@
 // pybind11 module llmfast._cpu.
 #include <omp.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 
 #include <cmath>
@@ -96,6 +97,11 @@ PYBIND11_MODULE(_cpu, m) {
     if (!found) throw std::invalid_argument("LLMFAST_ISA=" + name + ": this machine runs " + cpu::supported());
     kernels = found;
   });
+  m.def("huge_pages", [](py::handle t) {  // an advice: a kernel without huge pages may refuse it
+    const auto start = t.attr("data_ptr")().cast<uintptr_t>(), end = start + t.attr("nbytes").cast<uintptr_t>();
+    const uintptr_t page = 4096, first = (start + page - 1) / page * page;
+    if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
+  });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
   m.attr("attention_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr));
   auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
@@ -121,6 +127,11 @@ PYBIND11_MODULE(_cpu, m) {
     Released release;
     kernels->rowdot(x, y, d);
   });
+  m.def("linear", [](py::handle x, py::handle w, py::handle bias, py::handle y) {
+    const Tensor a = view(x), b = view(w), c = view(bias), d = view(y);
+    Released release;
+    kernels->linear(a, b, c, d);
+  });
   m.def("softmax_forward",
         [](py::handle x, py::handle y, py::handle mask, py::handle bias, double scale, int64_t offset, bool log) {
           const Softmax p{view(x), view(y), view(mask), view(bias), scale, offset, log};
@@ -132,4 +143,19 @@ PYBIND11_MODULE(_cpu, m) {
     Released release;
     kernels->softmax_backward(p);
   });
+  m.def("cross_entropy_forward", [](py::handle x, py::handle target, py::handle loss, py::handle lse, py::handle weight,
+                                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+    const CrossEntropy p{view(x),      view(target),    view(weight), view(loss), view(lse),
+                         ignore_index, label_smoothing, z_loss,       softcap};
+    Released release;
+    kernels->cross_entropy_forward(p);
+  });
+  m.def("cross_entropy_backward",
+        [](py::handle dloss, py::handle x, py::handle target, py::handle lse, py::handle dx, py::handle weight,
+           int64_t ignore_index, double label_smoothing, double z_loss, double softcap) {
+          const CrossEntropyBackward p{view(dloss), view(x),      view(target),    view(weight), view(lse),
+                                       view(dx),    ignore_index, label_smoothing, z_loss,       softcap};
+          Released release;
+          kernels->cross_entropy_backward(p);
+        });
 }

@@ -24,6 +24,30 @@ PYBIND11_MODULE(_cuda, m) {
     }
     raise(error);
   });
+  m.def("attention_backward",
+        [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta, py::handle dq,
+           py::handle dk, py::handle dv, const py::tuple& s, const py::tuple& e, uintptr_t stream) {
+          AttentionBackward p{view(dout), view(q),  view(k),  view(v),  Tensor{}, view(lse),         view(delta),
+                              view(dq),   view(dk), view(dv), Tensor{}, Tensor{}, attention_spec(s), extras(e)};
+          const char* error;
+          {
+            py::gil_scoped_release release;
+            error = cuda::attention_backward(p, reinterpret_cast<void*>(stream));
+          }
+          raise(error);
+        });
+  m.def("cross_entropy", [](py::handle x, py::handle target, py::handle weight, py::handle weight_sum, py::handle loss,
+                            py::handle lse, py::handle dx, const py::tuple& s, uintptr_t stream) {
+    cuda::CrossEntropy p{
+        view(x),  view(target),         view(weight),        view(weight_sum),    view(loss),         view(lse),
+        view(dx), s[0].cast<int64_t>(), s[1].cast<double>(), s[2].cast<double>(), s[3].cast<double>()};
+    const char* error;
+    {
+      py::gil_scoped_release release;
+      error = cuda::cross_entropy(p, reinterpret_cast<void*>(stream));
+    }
+    raise(error);
+  });
   m.def("softmax_forward", [](py::handle x, py::handle y, const py::tuple& s, const py::tuple& e, uintptr_t stream) {
     Softmax p{view(x), view(y), view(e[0]), view(e[1]), s[0].cast<double>(), s[1].cast<int64_t>(), s[2].cast<bool>()};
     const char* error;

@@ -50,7 +50,7 @@ def softmax_fwd(
         m = tl.max(s, 1)
         m_safe = tl.where(m == float("-inf"), 0.0, m)  # a row with nothing visible
         e = tl.exp(s - m_safe[:, None])
-        l = _row_sum(e)
+        l = row_sum(e)
         l = tl.where(l == 0, 1.0, l)
         _store(y, sy, l0, l1, rows, cols, M, N, s - (m_safe + tl.log(l))[:, None] if LOG else e / l[:, None])
     else:
@@ -60,7 +60,7 @@ def softmax_fwd(
             s = _scores(x, extras, sx, smask, sbias, l0, l1, rows, n0 + tl.arange(0, BLOCK_N), M, N, scale, offset)
             m_new = tl.maximum(m, tl.max(s, 1))
             m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            l = l * tl.exp(m - m_safe) + _row_sum(tl.exp(s - m_safe[:, None]))
+            l = l * tl.exp(m - m_safe) + row_sum(tl.exp(s - m_safe[:, None]))
             m = m_new
         m_safe = tl.where(m == float("-inf"), 0.0, m)
         l = tl.where(l == 0, 1.0, l)
@@ -100,7 +100,7 @@ def _scores(x, extras, sx, smask, sbias, l0, l1, rows, cols, M, N, scale, offset
 
 
 @triton.jit
-def _row_sum(e):
+def row_sum(e):
     """Sums of rows, of 32 columns in float32 and of those in float64: a sum wrong in its last bit shifts the whole row."""
     if e.shape[1] > 32:
         e = tl.sum(tl.reshape(e, [e.shape[0], e.shape[1] // 32, 32]), 2).to(tl.float64)
@@ -149,13 +149,13 @@ def softmax_bwd(
     if ONE:
         cols = tl.arange(0, BLOCK_N)
         y_tile, dy_tile = _pair(dy, y, sdy, sy, l0, l1, rows, cols, M, N, LOG)  # (BLOCK_M, BLOCK_N)
-        total = _row_sum(dy_tile if LOG else y_tile * dy_tile)
+        total = row_sum(dy_tile if LOG else y_tile * dy_tile)
         _store(dx, sdx, l0, l1, rows, cols, M, N, _ds(y_tile, dy_tile, total, LOG) * scale)
     else:
         total = tl.zeros([BLOCK_M], tl.float32)
         for n0 in range(0, N, BLOCK_N):
             y_tile, dy_tile = _pair(dy, y, sdy, sy, l0, l1, rows, n0 + tl.arange(0, BLOCK_N), M, N, LOG)
-            total += _row_sum(dy_tile if LOG else y_tile * dy_tile)
+            total += row_sum(dy_tile if LOG else y_tile * dy_tile)
         for n0 in range(0, N, BLOCK_N):
             cols = n0 + tl.arange(0, BLOCK_N)
             y_tile, dy_tile = _pair(dy, y, sdy, sy, l0, l1, rows, cols, M, N, LOG)

@@ -1,14 +1,16 @@
 """The attention and softmax problems every backend is tested on, and the rule that decides what is right.
 
-One row is one way a kernel can go wrong. It is part of the package so that `llmfast check` runs it on the user's machine.
+One row is one way a kernel can go wrong. It is part of the package so that `llmfast check` runs it on the user's
+machine.
 
 The rule, for each (batch, head) of a result x, against float64, with n elements:
     max|x - x64| <= c max|math - x64| + eps max|x64|
     rms(x - x64) <= c rms(math - x64) + floor rms(x64),   floor = eps max(1 / 8, 1 / sqrt(n))
-c is 2 for o and lse, 3 for gradients. In one element the two lines say the same, in many the second is the stricter. math is
-the worse of PyTorch's MATH attention and the reference in the same dtype (both float32 inside, rounded once; in a head of a few
-elements it is chance which of the two errs less), and the reference alone where MATH lacks the feature. In float64 math is the
-reference's float32 error times 2^-28: as much smaller as float64 is finer, twice, since x64 is rounded as much as x.
+c is 2 for o and lse, 3 for gradients. In one element the two lines say the same, in many the second is the stricter.
+math is the worse of PyTorch's MATH attention and the reference in the same dtype (both float32 inside, rounded once; in
+a head of a few elements it is chance which of the two errs less), and the reference alone where MATH lacks the feature.
+In float64 math is the reference's float32 error times 2^-28: as much smaller as float64 is finer, twice, since x64 is
+rounded as much as x.
 """
 
 from typing import Any, NamedTuple
@@ -87,8 +89,8 @@ CASES = {  # B, H, Hk, Nq, Nk, D
     "sinks, no key":       _case(1, 2, 2, 100,  40,  32, sinks=True, causal=True),
     "dropout":             _case(2, 2, 2,  70, 101,  32, dropout_p=0.3),
     "dropout causal":      _case(1, 4, 2,  90,  90,  32, dropout_p=0.1, causal=True),
-    "everything":          _case(2, 4, 2,  90, 101,  40, 24, causal=True, window=60, softcap=4.0, mask="random", bias="head",
-                                 alibi="heads", sinks=True, dropout_p=0.2),
+    "everything":          _case(2, 4, 2,  90, 101,  40, 24, causal=True, window=60, softcap=4.0, mask="random",
+                                 bias="head", alibi="heads", sinks=True, dropout_p=0.2),
     "large scores":        _case(1, 2, 2,  70,  70,  64, magnitude=30.0, forward_only=True),
     "gradient of lse":     _case(1, 4, 2,  70, 100,  32, causal=True, through_lse=True),
     "heads inside":        _case(2, 2, 2,  70,  70,  32, layout="BNHD", causal=True),
@@ -98,8 +100,10 @@ CASES = {  # B, H, Hk, Nq, Nk, D
     "no key":              _case(1, 2, 2,  10,   0,  32),
     "no batch":            _case(0, 2, 2,  10,  10,  32),
     "packed":              _case(3, 2, 2,  70,  70,  32, packed=((0, 17, 17, 70), (0, 17, 17, 70)), causal=True),
-    "packed grouped":      _case(3, 4, 2,  90, 150,  64, packed=((0, 1, 65, 90), (0, 40, 41, 150)), causal=True, sinks=True),
-    "packed window":       _case(2, 2, 2, 150, 150,  32, packed=((0, 80, 150), (0, 80, 150)), window=(9, 2), alibi="heads"),
+    "packed grouped":      _case(3, 4, 2,  90, 150,  64, packed=((0, 1, 65, 90), (0, 40, 41, 150)), causal=True,
+                                 sinks=True),
+    "packed window":       _case(2, 2, 2, 150, 150,  32, packed=((0, 80, 150), (0, 80, 150)), window=(9, 2),
+                                 alibi="heads"),
     "packed dropout":      _case(2, 2, 2,  80,  80,  32, packed=((0, 33, 80), (0, 33, 80)), dropout_p=0.25),
     "packed with a rest":  _case(2, 2, 2,  80,  80,  32, packed=((0, 20, 60), (0, 20, 60))),
 }
@@ -107,7 +111,8 @@ CASES = {  # B, H, Hk, Nq, Nk, D
 
 
 class Problem(NamedTuple):
-    """The tensors of a case: inputs of `attention` or `attention_varlen`, their options, and the gradients of o and lse.
+    """The tensors of a case: inputs of `attention` or `attention_varlen`, their options, and the gradients of o and
+    lse.
 
     Without do the case is forward only; without dlse nothing flows back through lse.
     """
@@ -267,7 +272,9 @@ def _heads_first(name, t):
 
 
 def _rounded_float64(p, truth):
-    """The reference with float64's rounding errors: float32's, 2**-29 as large, doubled because they are other draws."""
+    """The reference with float64's rounding errors: float32's, 2**-29 as large, doubled because they are other
+    draws.
+    """
     narrow, ratio = run(p.to(torch.float32), "reference"), 2.0**-28
     rounded = lambda x, x64: torch.where(x64.isfinite(), x64 + (x.double() - x64) * ratio, x64)
     grads = {n: rounded(t, truth.grads[n]) for n, t in narrow.grads.items()}
@@ -375,7 +382,9 @@ def run_softmax(x, options, dy, backend):
 
 
 def softmax_disagreements(x, options, dy, got) -> list[str]:
-    """Where a softmax result breaks the rule against float64; the yardsticks are the reference and PyTorch in the same dtype."""
+    """Where a softmax result breaks the rule against float64; the yardsticks are the reference and PyTorch in the same
+    dtype.
+    """
     wide = lambda t: t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
     dy = torch.zeros_like(x) if dy is None else dy
     truth = run_softmax(wide(x), {n: wide(t) for n, t in options.items()}, wide(dy), "reference")

@@ -32,7 +32,9 @@ def device_of(backend: str) -> str | None:
 
 
 def check_case(name: str, dtype: torch.dtype, backend: str) -> str:
-    """'yes', 'forward' where there is no backward, 'no' where the backend refuses; raises RuntimeError on a wrong result."""
+    """'yes', 'forward' where there is no backward, 'no' where the backend refuses; raises RuntimeError on a wrong
+    result.
+    """
     p = cases.problem(cases.CASES[name], dtype, device=device_of(backend))
     tried = [p] if p.do is None else [p, p._replace(do=None, dlse=None)]
     for problem, answer in zip(tried, ("yes", "forward"), strict=False):

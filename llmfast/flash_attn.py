@@ -1,8 +1,10 @@
-"""flash-attn 2.8's functions, names and meaning: `from llmfast.flash_attn import flash_attn_func` is the whole port, on a CPU too.
+"""flash-attn 2.8's functions, names and meaning: `from llmfast.flash_attn import flash_attn_func` is the whole port, on
+a CPU too.
 
-q, k, v and o are (B, N, H, D), packed (T, H, D). causal and window_size (left, right), -1 open, count from the bottom-right
-diagonal. `deterministic` and `num_splits` are accepted and change nothing: results are always deterministic. `return_attn_probs`
-gives (o, lse, None) with lse (B, H, Nq) or (H, T). A row that sees no key has o = 0 and lse = -inf (flash-attn: +inf).
+q, k, v and o are (B, N, H, D), packed (T, H, D). causal and window_size (left, right), -1 open, count from the
+bottom-right diagonal. `deterministic` and `num_splits` are accepted and change nothing: results are always
+deterministic. `return_attn_probs` gives (o, lse, None) with lse (B, H, Nq) or (H, T). A row that sees no key has o = 0
+and lse = -inf (flash-attn: +inf).
 """
 
 import torch
@@ -53,7 +55,8 @@ def flash_attn_varlen_func(
 ) -> Tensor | tuple[Tensor, Tensor, None]:  # fmt: skip
     """q (Tq, H, D), k and v (Tk, Hk, D) of sequences one after another; cu_seqlens_q and cu_seqlens_k (B + 1,) int32.
 
-    With block_table (B, pages) k and v are pages (P, page, Hk, D), which are gathered (the number of keys is read by the host).
+    With block_table (B, pages) k and v are pages (P, page, Hk, D), which are gathered (the number of keys is read by
+    the host).
     """
     if block_table is not None:
         k, v = _gather(k, v, cu_seqlens_k, block_table)
@@ -79,8 +82,8 @@ def flash_attn_varlen_kvpacked_func(
 
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, dropout_p: float = 0.0, softmax_scale: float | None = None,
-    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, alibi_slopes: Tensor | None = None,
-    deterministic: bool = False, return_attn_probs: bool = False,
+    causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, None]:  # fmt: skip
     """flash_attn_varlen_func with qkv (T, 3, H, D), read in place."""
     options = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs)
@@ -92,8 +95,8 @@ def flash_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor | None = None, v: Tensor | None = None,
     rotary_cos: Tensor | None = None, rotary_sin: Tensor | None = None, cache_seqlens: int | Tensor | None = None,
     cache_batch_idx: Tensor | None = None, cache_leftpad: Tensor | None = None, block_table: Tensor | None = None,
-    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
-    rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
+    softmax_scale: float | None = None, causal: bool = False, window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0, rotary_interleaved: bool = True, alibi_slopes: Tensor | None = None, num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of new queries against a cache, which takes the new keys and values in place; without gradient.
@@ -102,9 +105,10 @@ def flash_attn_with_kvcache(
         q: (B, Nq, H, D).
         k_cache, v_cache: (rows, M, Hk, D), or pages (P, page, Hk, D) with block_table (B, pages) int32.
         k, v: (B, Nnew, Hk, D), written behind the first cache_seqlens entries, rotated first.
-        rotary_cos, rotary_sin: (positions, R / 2): rotate the first R of D, pairs (0, 1), (2, 3) ... when rotary_interleaved,
-            (0, R / 2), (1, R / 2 + 1) ... otherwise. q's rows count up from cache_seqlens with causal or a window, else all
-            stand at cache_seqlens.
+        rotary_cos, rotary_sin: (positions, R / 2): rotate the first R of D, pairs (0, 1), (2, 3) ... when
+        rotary_interleaved,
+            (0, R / 2), (1, R / 2 + 1) ... otherwise. q's rows count up from cache_seqlens with causal or a window, else
+            all stand at cache_seqlens.
         cache_seqlens: int or (B,) int32, the entries before k is added; the whole cache by default.
         cache_batch_idx: (B,), the cache row of each sequence.
         cache_leftpad: (B,), where each sequence starts in its cache row.
@@ -150,8 +154,8 @@ def flash_attn_with_kvcache(
     if cache_leftpad is not None:
         mask = (torch.arange(capacity, device=device) >= cache_leftpad[:, None])[:, None, None]  # (B, 1, 1, M)
     found = attention_decode(
-        q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), cache_seqlens, page_table=rows, causal=causal,
-        window=_window(window_size), scale=softmax_scale, softcap=softcap, mask=mask, alibi_slopes=alibi_slopes,
+        q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), cache_seqlens, page_table=rows,
+        causal=causal, window=_window(window_size), scale=softmax_scale, softcap=softcap, mask=mask, alibi_slopes=alibi_slopes,
         return_lse=return_softmax_lse,
     )  # fmt: skip
     return (found[0].transpose(1, 2), found[1]) if return_softmax_lse else found.transpose(1, 2)
@@ -184,7 +188,9 @@ def _gather(k, v, cu_seqlens, block_table):
 
 
 def _rotate(x, start, cos, sin, interleaved, moving):
-    """x (B, N, H, D) with its first 2 * cos.shape[1] entries turned by the angles of rows start (+ 0, 1, ... if moving)."""
+    """x (B, N, H, D) with its first 2 * cos.shape[1] entries turned by the angles of rows start (+ 0, 1, ... if
+    moving).
+    """
     at = start[:, None].long() + torch.arange(x.shape[1], device=x.device) * moving  # (B, N)
     cos, sin = (t[at][:, :, None].float() for t in (cos, sin))  # (B, N, 1, R / 2)
     R = 2 * cos.shape[-1]

@@ -1,7 +1,7 @@
 """transformers: `llmfast.enable_hf()`, then `from_pretrained(..., attn_implementation="llmfast")`.
 
-Both an attention and a mask function are registered: without the second, transformers passes no mask at all and padded inputs
-are silently wrong.
+Both an attention and a mask function are registered: without the second, transformers passes no mask at all and padded
+inputs are silently wrong.
 """
 
 import inspect
@@ -36,11 +36,12 @@ def attention_forward(
     scaling: float | None = None, is_causal: bool | None = None, softcap: float | None = None,
     sliding_window: int | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None, **kwargs,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """transformers' attention function: query (B, H, N, D), key and value (B, Hk, M, D) give (B, N, H, Dv) and the weights.
+    """transformers' attention function: query (B, H, N, D), key and value (B, Hk, M, D) give (B, N, H, Dv) and the
+    weights.
 
-    The mask is None, bool (True = may attend) or added to the scores; where it is None, the module says whether it is causal.
-    The weights (B, H, N, M), before dropout, are None unless output_attentions is asked for. With cu_seq_lens_q and
-    cu_seq_lens_k the one row of the batch holds packed sequences, and they alone say who sees whom.
+    The mask is None, bool (True = may attend) or added to the scores; where it is None, the module says whether it is
+    causal. The weights (B, H, N, M), before dropout, are None unless output_attentions is asked for. With cu_seq_lens_q
+    and cu_seq_lens_k the one row of the batch holds packed sequences, and they alone say who sees whom.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     options = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
@@ -98,25 +99,22 @@ def _packed(query, key, value, kwargs, position_bias, options):
 def attention_mask(*args, local_size: int | None = None, config=None, **kwargs) -> Tensor | None:
     """transformers' mask function: None or bool (B, 1, N, M), True = may attend.
 
-    It is sdpa_mask, which leaves out a mask that says no more than causal; here a sliding window is left out too where the
-    model tells it to `attention_forward`.
+    It is sdpa_mask, which leaves out a mask that says no more than causal; here a sliding window is left out too where
+    the model tells it to `attention_forward`.
     """
     from transformers.masking_utils import sdpa_mask
 
     chunked = getattr(config, "attention_chunk_size", None) is not None
-    if local_size is not None and not chunked and local_size == getattr(config, "sliding_window", None):
-        if (
-            kwargs.get("allow_is_causal_skip", True)
-            and not torch.compiler.is_compiling()
-            and _tells_window(type(config))
-        ):
-            local_size = None
+    told = local_size is not None and not chunked and local_size == getattr(config, "sliding_window", None)
+    plain = kwargs.get("allow_is_causal_skip", True) and not torch.compiler.is_compiling()
+    if told and plain and _tells_window(type(config)):
+        local_size = None
     return sdpa_mask(*args, local_size=local_size, config=config, **kwargs)
 
 
 @cache
 def _tells_window(config: type) -> bool:
-    """Whether the model of this configuration passes sliding_window on: Mistral does, Qwen2-MoE only builds the mask."""
+    """Whether a configuration's model passes sliding_window on: Mistral does, Qwen2-MoE only builds the mask."""
     modeling = sys.modules.get(config.__module__.replace(".configuration_", ".modeling_"))
     calls = (
         []

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -66,8 +67,18 @@ TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "atten
 
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem."""
-    from .kernels import attention, attention_backward, decode, softmax
-    from .spec import NO_EXTRAS, NO_SOFTMAX_EXTRAS, AttentionSpec, Extras, SoftmaxExtras, SoftmaxSpec
+    from .kernels import attention, attention_backward, cross_entropy, decode, softmax
+    from .spec import (
+        NO_CROSS_ENTROPY_EXTRAS,
+        NO_EXTRAS,
+        NO_SOFTMAX_EXTRAS,
+        AttentionSpec,
+        CrossEntropyExtras,
+        CrossEntropySpec,
+        Extras,
+        SoftmaxExtras,
+        SoftmaxSpec,
+    )
 
     def attend(D, dtype, option):
         q, k, o = (torch.empty(1, h, 256, D, dtype=dtype) for h in (4, 2, 4))
@@ -96,6 +107,12 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         y = softmax.forward(x, None, SoftmaxSpec(), extras)
         softmax.backward(y, y, SoftmaxSpec(), extras)
 
+    def classify(T, V, dtype, spec=None, extras=NO_CROSS_ENTROPY_EXTRAS):
+        spec = spec or CrossEntropySpec()
+        x, target, loss = torch.empty(T, V, dtype=dtype), torch.empty(T, dtype=torch.int64), torch.empty(T)
+        cross_entropy.forward(x, target, loss, loss, spec, extras)
+        cross_entropy.backward(loss, x, target, loss, x, spec, extras)
+
     for dtype in dtypes:
         for option in options:
             for D in dims:
@@ -104,6 +121,13 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=SoftmaxExtras(mask, bias): soften(128, t, e)
         for N in (128, 4096, 32768, 100000):
             yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
+        for T, V in ((4096, 1000), (4096, 151936), (4, 151936)):
+            yield f"{dtype} T={T} V={V}", lambda T=T, V=V, t=DTYPES[dtype]: classify(T, V, t)
+        everything, weight = CrossEntropySpec(-100, 0.1, 0.01, 30.0), torch.ones(32000)
+        yield (
+            f"{dtype} V=32000 everything",
+            lambda t=DTYPES[dtype], s=everything, w=weight: classify(4, 32000, t, s, CrossEntropyExtras(w)),
+        )
 
 
 def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
@@ -127,8 +151,12 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
 class CompileOnly:
     """A Triton driver for a GPU that isn't there: it collects (name, machine code, metadata) of what would be launched."""
 
+    devices = (
+        count()
+    )  # of all drivers in the process: Triton keeps what it compiled by device, whatever its architecture
+
     def __init__(self, target):
-        self.target, self.device, self.launched = target, 0, []
+        self.target, self.device, self.launched = target, next(self.devices), []
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 2**30, "multiprocessor_count": 132},
             load_binary=self._load,
@@ -136,8 +164,8 @@ class CompileOnly:
         )
 
     def forget(self):
-        """Starts a new list; Triton keeps what it compiled by device, so this is also a new device."""
-        self.device, self.launched = self.device + 1, []
+        """Starts a new list and a new device."""
+        self.device, self.launched = next(self.devices), []
 
     def launcher_cls(self, source, metadata):
         self.metadata = metadata

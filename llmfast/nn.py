@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import attention, log_softmax, softmax
+from .functional import attention, cross_entropy, log_softmax, softmax
 
 
 class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention, the same arguments and state_dict.
 
-    Unlike PyTorch's: need_weights=False never builds the scores, is_causal needs no attn_mask, bool and float masks mix, a row
-    that sees no key gives the output's bias instead of NaN. It also serves as `self_attn` of nn.TransformerEncoderLayer, in
-    eval too: the layer's C++ fast path never runs in its place.
+    Unlike PyTorch's: need_weights=False never builds the scores, is_causal needs no attn_mask, bool and float masks
+    mix, a row that sees no key gives the output's bias instead of NaN. It also serves as `self_attn` of
+    nn.TransformerEncoderLayer, in eval too: the layer's C++ fast path never runs in its place.
 
     >>> m = llmfast.nn.MultiheadAttention(512, 8, batch_first=True)
     >>> o, _ = m(x, x, x, need_weights=False, is_causal=True)
@@ -24,8 +24,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         self._qkv_same_embed_dim = False  # what a TransformerEncoderLayer asks before it takes its C++ fast path
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None, need_weights: bool = True,
-        attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True, is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The output, shaped as query, and the weights or None.
 
@@ -138,3 +138,34 @@ class LogSoftmax(Softmax):
     def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """x's shape; hidden entries are -inf."""
         return log_softmax(x, self.dim, scale=self.scale, mask=mask, bias=bias, causal=self.causal)
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """nn.CrossEntropyLoss for class indices, PyTorch's arguments and the options of `llmfast.cross_entropy`.
+
+    A target of probabilities is a TypeError. The loss of half-precision logits is float32.
+
+    >>> loss = llmfast.nn.CrossEntropyLoss(label_smoothing=0.1)(logits, target)
+    """
+
+    def __init__(
+        self, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+        reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, *, z_loss: float = 0.0,
+        softcap: float = 0.0, inplace_backward: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap, self.inplace_backward = z_loss, softcap, inplace_backward
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """input (V,), (N, V) or (N, V, d1, ...); target int64 of shape (), (N,) or (N, d1, ...)."""
+        return cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            reduction=self.reduction,
+            inplace_backward=self.inplace_backward,
+        )

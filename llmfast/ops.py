@@ -8,7 +8,7 @@ fake implementation and autograd; a raw-pointer call on such tensors would crash
 import torch
 from torch import Tensor
 
-from .backends import ORDER, check_name, forced, pick, reference, unforced
+from .backends import ORDER, check_name, elsewhere, forced, op, pick, reference, unforced
 from .spec import (
     NO_EXTRAS,
     AttentionSpec,
@@ -21,6 +21,7 @@ from .spec import (
     schema,
 )
 
+LINEAR_ROWS = 16  # beyond, a product is no longer bound by reading the weight, and PyTorch's is good
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
 
 _compiling = torch.compiler.is_compiling
@@ -505,3 +506,46 @@ class LinearCrossEntropy(torch.autograd.Function):
             scaled(dbias, ctx.dtypes[1]),
             *(None,) * 6,
         )
+
+
+# ---- linear
+
+
+def linear(x, weight, bias, backend: str | None):
+    """x (..., D) weight (V, D)^T + bias (V,) without gradient and of few rows on a backend, PyTorch's otherwise."""
+    check_name(backend)
+    grad = needs_grad(x, weight, bias)
+    if _compiling() or _dispatch_modes is None or _dispatch_modes():
+        if backend is None and (grad or not x.is_cpu or x.shape[:-1].numel() > LINEAR_ROWS):
+            return torch.nn.functional.linear(x, weight, bias)
+        return torch.ops.llmfast.linear(x, weight, bias, ORDER.index(backend) if backend else -1)
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if backend is None and forced() is None:
+        why = "has no backward" if grad else _why_pytorch(rows, weight, bias)
+        if why is None and not plain(x, weight, bias):
+            why = "needs plain tensors"
+        if why is not None:
+            if not unforced():
+                elsewhere("linear", "torch.nn.functional.linear", why)
+            return torch.nn.functional.linear(x, weight, bias)
+    y = pick("linear", (rows, weight, bias), backend, grad).forward(rows, weight, bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _why_pytorch(rows, weight, bias):
+    return op("linear", "cpu").supports(rows, weight, bias)
+
+
+def _linear(x, weight, bias, code):
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if code < 0 and _why_pytorch(rows, weight, bias) is not None:
+        return torch.nn.functional.linear(x, weight, bias)
+    found = pick("linear", (rows, weight, bias), None if code < 0 else ORDER[code])
+    return found.forward(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+
+_lib.define("linear(Tensor x, Tensor weight, Tensor? bias, int backend) -> Tensor", tags=_tags)
+_lib.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "llmfast::linear", lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_lib
+)

@@ -1,4 +1,6 @@
-"""`with llmfast.sdpa():` for code that calls PyTorch's scaled_dot_product_attention, and PyTorch's own flash-attention registry."""
+"""`with llmfast.sdpa():` for code that calls PyTorch's scaled_dot_product_attention, and PyTorch's own flash-attention
+registry.
+"""
 
 import threading
 import warnings
@@ -22,10 +24,11 @@ _lock = threading.Lock()
 def sdpa() -> Iterator[None]:
     """F.scaled_dot_product_attention, nn.MultiheadAttention and nn.Transformer* run on llmfast inside, in all threads.
 
-    A case that only the reference could run goes to PyTorch's original, with one warning that says why. The C++ fast path of
-    nn.MultiheadAttention and nn.TransformerEncoder is off inside, because it never reaches scaled_dot_product_attention; nor
-    does nn.MultiheadAttention with need_weights=True (llmfast.nn.MultiheadAttention does). A function taken out of torch by
-    `from torch.nn.functional import scaled_dot_product_attention` before is not replaced. Everything is restored on exit.
+    A case that only the reference could run goes to PyTorch's original, with one warning that says why. The C++ fast
+    path of nn.MultiheadAttention and nn.TransformerEncoder is off inside, because it never reaches
+    scaled_dot_product_attention; nor does nn.MultiheadAttention with need_weights=True (llmfast.nn.MultiheadAttention
+    does). A function taken out of torch by `from torch.nn.functional import scaled_dot_product_attention` before is not
+    replaced. Everything is restored on exit.
 
     >>> with llmfast.sdpa():
     ...     loss = model(batch)
@@ -68,10 +71,11 @@ def scaled_dot_product_attention(
 
 
 def register_flash(name: str = "llmfast") -> None:
-    """Makes `torch.nn.attention.activate_flash_attention_impl(name)` put llmfast under PyTorch's flash attention on the CPU.
+    """Makes `torch.nn.attention.activate_flash_attention_impl(name)` put llmfast under PyTorch's flash attention on the
+    CPU.
 
-    Process-wide, until `torch.nn.attention.restore_flash_attention_impl()`. It serves the calls that PyTorch routes to its
-    flash kernel: four dimensions, no dropout, Dv = D; `with sdpa()` serves all.
+    Process-wide, until `torch.nn.attention.restore_flash_attention_impl()`. It serves the calls that PyTorch routes to
+    its flash kernel: four dimensions, no dropout, Dv = D; `with sdpa()` serves all.
 
     Raises:
         NotImplementedError: this torch has no such registry.

@@ -34,9 +34,18 @@ def pytest_collection_finish(session):
         session.items[:] = random.Random(0).sample(session.items, sample)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """One line for each thing that this machine lacks (nvcc, a compiler, a package): what was not checked without
+    it.
+    """
+    reasons = {r.longrepr[2] for r in terminalreporter.stats.get("skipped", []) if isinstance(r.longrepr, tuple)}
+    for reason in sorted(r.removeprefix("Skipped: ") for r in reasons if "was not found" in r):
+        terminalreporter.write_line(f"not checked: {reason}")
+
+
 def right_arithmetic():
-    """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds to nearest.
-    Its fma rounds twice."""
+    """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds
+    to nearest. Its fma rounds twice."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -4,17 +4,20 @@
 """
 
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 FWD, BWD, DEC = (f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "decode"))
 SEQ, SIMD, SOFTMAX, TRITON = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl", "kernels/softmax.py"
+CE = "csrc/cpu/cross_entropy.inl"
 
 
 class Mutant(NamedTuple):
@@ -99,6 +102,17 @@ MUTANTS = [Mutant(*row) for row in [
     (SEQ, "if (e.seqlens_k) s.Nk = clamp(length(e.seqlens_k, b), 0, s.Nk);", "if (e.seqlens_k) s.Nk = length(e.seqlens_k, b);", "a length beyond the cache is believed"),
     (SEQ, "+ j % size * stride", "+ j * stride", "a key's place in its page is not taken modulo"),
     (SEQ, "clamp(length(e.cu_seqlens_k, b + 1), s.k0, k.size[2]) - s.k0", "clamp(length(e.cu_seqlens_q, b + 1), s.k0, k.size[2]) - s.k0", "keys take the queries' lengths"),
+    # cross entropy
+    (CE, "l *= exp(static_cast<double>(softmax_rows::finite(m)) - top), m = top;", "m = top;", "the running sum is not rescaled"),
+    (CE, "l += q.l * exp(softmax_rows::finite(q.m) - base), wx += q.wx;", "l += q.l, wx += q.wx;", "parts are merged without their maxima"),
+    (CE, "sum += smooth * (all * lse - wx);", "sum += smooth * all * lse;", "the smoothed loss lacks the logits"),
+    (CE, "if (p.z_loss != 0) sum += p.z_loss * lse * lse;", "", "the z-loss is forgotten"),
+    (CE, "if (cap != 0) hit = capped(splat(hit), cap)[0];", "", "the target's logit is not capped"),
+    (CE, "v = th * cap, factor = 1 - th * th;", "v = th * cap;", "the softcap's derivative is forgotten"),
+    (CE, "smooth * all + 2 * p.z_loss * lse", "smooth * all + p.z_loss * lse", "the z-loss's gradient is half of it"),
+    (CE, "if (b != 0) g -= weights * b;", "", "the gradient is not smoothed"),
+    (CE, "if (here) from_float(dx + (y - j0), at_target);", "", "the target's gradient lacks its one"),
+    (CE, "memset(dx, 0, n * sizeof(T));", "", "an ignored row's gradient stays unwritten"),
     # Triton
     (TRITON, "(cols[None, :] - rows[:, None] <= offset)", "(cols[None, :] - rows[:, None] < offset)", "the diagonal is hidden"),
     (TRITON, "m_end = tl.where(shape[2] == 1, M, m_first + 1)", "m_end = tl.where(shape[2] == 1, BLOCK_M, m_first + 1)", "dbias by key sums the first rows only"),
@@ -132,7 +146,7 @@ def plant(mutant, folder):
     (folder / mutant.path).write_text(faulty(mutant))
 
 
-TESTS = [f"tests/test_{name}.py" for name in ("attention", "softmax", "properties", "large")]
+TESTS = [f"tests/test_{name}.py" for name in ("attention", "softmax", "cross_entropy", "properties", "large")]
 
 
 def failing(folder, on_triton, isa, *options):
@@ -150,28 +164,36 @@ def failing(folder, on_triton, isa, *options):
     return found or ([] if child.returncode == 0 else [f"ends with {child.returncode}"])
 
 
-def survivors(mutants, isa):
-    """The mutants that no test notices, one built after another in one copy of the tree, and a control without any fault."""
-    found = []
+def survivors(mutants, isa, workers=2):
+    """The mutants that no test notices, each built and tested in one of a few copies of the tree.
+
+    What fails without any fault proves nothing and is left out.
+    """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        copy(folder)
-        setup = folder / "setup.py"
-        setup.write_text(setup.read_text().replace('"-O3 ', '"-O1 '))  # builds in a third of the time
+        folders = queue.SimpleQueue()
+        for i in range(workers):
+            copy(Path(name, str(i)))
+            setup = Path(name, str(i), "setup.py")
+            setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # builds in half the time
+            folders.put(Path(name, str(i)))
         options = ["-x"]
-        for on_triton in {m.path == TRITON for m in mutants}:  # what fails without any fault proves nothing
-            options += [f"--deselect={test}" for test in failing(folder, on_triton, isa)]
+        for on_triton in {m.path == TRITON for m in mutants}:
+            options += [f"--deselect={test}" for test in failing(Path(name, "0"), on_triton, isa)]
         print("left out:", options[1:], flush=True)
-        for mutant in mutants:
+
+        def noticed(mutant):
+            folder = folders.get()
             path = folder / mutant.path
             right = path.read_text()
             path.write_text(faulty(mutant))
             seen = failing(folder, mutant.path == TRITON, isa, *options)
             path.write_text(right)
+            folders.put(folder)
             print("noticed " if seen else "SURVIVED", mutant.path, "|", mutant.why, "|", *seen, flush=True)
-            if not seen:
-                found.append(mutant)
-    return found
+            return bool(seen)
+
+        with ThreadPoolExecutor(workers) as pool:
+            return [mutant for mutant, seen in zip(mutants, pool.map(noticed, mutants), strict=True) if not seen]
 
 
 if __name__ == "__main__":

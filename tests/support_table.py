@@ -1,5 +1,5 @@
-"""Prints the README's support table: what passed on this machine, Triton in its interpreter and CUDA on the host model where
-there is no GPU.
+"""Prints the README's support table: what passed on this machine, Triton in its interpreter and CUDA on the host model
+where there is no GPU.
 
     python -m tests.support_table
 """

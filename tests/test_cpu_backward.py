@@ -1,4 +1,6 @@
-"""What the case table can't show of the CPU backward: chunks of key blocks shared by threads, shared bias gradients, exact zeros."""
+"""What the case table can't show of the CPU backward: chunks of key blocks shared by threads, shared bias gradients,
+exact zeros.
+"""
 
 import pytest
 import torch

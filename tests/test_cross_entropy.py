@@ -9,6 +9,7 @@ from test_attention import DTYPES, device_of
 
 import llmfast
 from llmfast import backends, cases
+from llmfast.backends import cpu
 
 OPTIONS = {
     "plain": {},
@@ -160,6 +161,37 @@ def test_half_precision_has_a_float32_loss():
     loss = llmfast.cross_entropy(x, y)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), F.cross_entropy(x.double(), y), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(bool(cpu.available()), reason=str(cpu.available()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_do_not_depend_on_threads_or_rows(dtype):
+    """70001 columns are cut in three parts, each with its own maximum."""
+    x, y = torch.randn(5, 70001).mul(3).to(dtype), torch.arange(5)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads, rows in ((1, 5), (3, 5), (3, 1)):
+            torch.set_num_threads(threads)
+            leaf = x[:rows].clone().requires_grad_()
+            loss = llmfast.cross_entropy(leaf, y[:rows], label_smoothing=0.1, reduction="none", backend="cpu")
+            found.append((loss.detach()[:1], torch.autograd.grad(loss.sum(), leaf)[0][:1]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("column", [0, 3000, 69999])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nan_spoils_its_row_only(backend, column):
+    if backends.import_module(f"llmfast.backends.{backend}").available():
+        pytest.skip("not built")
+    x, y = torch.randn(3, 70000), torch.tensor([1, 2, 3])
+    x[1, column] = float("nan")
+    loss = llmfast.cross_entropy(x, y, reduction="none", backend=backend)
+    assert loss.isnan().tolist() == [False, True, False]
+    spread = torch.randn(3, 70000 * 2)[:, 70000:]  # rows that don't lie side by side
+    got, want = (llmfast.cross_entropy(t, y, reduction="none", backend=backend) for t in (spread, spread.contiguous()))
+    assert torch.equal(got, want)
 
 
 X, Y = torch.randn(4, 9), torch.tensor([0, 8, 3, 3])

@@ -8,6 +8,7 @@ import shutil
 
 import cuda_model
 import pytest
+import test_cross_entropy
 import torch
 
 import llmfast
@@ -22,6 +23,7 @@ def cuda(monkeypatch):
     """The cuda backend runs on the host model."""
     monkeypatch.setitem(backends._ops, ("attention", "cuda"), cuda_model.attention)
     monkeypatch.setitem(backends._ops, ("softmax", "cuda"), cuda_model.softmax)
+    monkeypatch.setitem(backends._ops, ("cross_entropy", "cuda"), cuda_model.cross_entropy)
     yield
     cuda_model.schedule(0)
 
@@ -37,7 +39,9 @@ def rows(table, dtypes):
 
 @pytest.mark.parametrize(("name", "dtype"), list(rows(cases.CASES, ["bf16", "fp16"])))
 def test_attention(cuda, name, dtype):
-    p = cases.problem(cases.CASES[name], DTYPES[dtype])._replace(do=None, dlse=None)
+    p = cases.problem(cases.CASES[name], DTYPES[dtype])
+    if "bias" in p.options:  # its gradient is refused
+        p = p._replace(do=None, dlse=None)
     try:
         got = cases.run(p, "cuda")
     except NotImplementedError as reason:
@@ -49,6 +53,44 @@ def test_attention(cuda, name, dtype):
 def test_softmax(cuda, name, dtype):
     x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[name], DTYPES[dtype])
     assert cases.softmax_disagreements(x, options, dy, cases.run_softmax(x, options, dy, "cuda")) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", test_cross_entropy.OPTIONS)
+@pytest.mark.parametrize("shape", [(7, 5), (33, 517), (5, 5003), (4, 1024)], ids=str)
+def test_cross_entropy_agrees_with_float64(cuda, shape, name, dtype):
+    test_cross_entropy.test_agrees_with_float64(shape, name, dtype, "cuda")
+
+
+CE_FAULTS = {
+    51: "the running sum is not rescaled",
+    52: "two reductions share their shared memory",
+    53: "writes one column past the end",
+}
+
+
+def test_a_target_out_of_range_is_nan_for_its_row(cuda):
+    x, y = torch.randn(4, 300), torch.tensor([0, 300, -1, 299])
+    op = cuda_model.cross_entropy
+    spec, extras = llmfast.spec.CrossEntropySpec(), llmfast.spec.CrossEntropyExtras()
+    loss, lse = op.forward(x, y, spec, extras)
+    assert loss.isnan().tolist() == [False, True, True, False]
+    dx = op.backward(torch.ones(4), x, y, lse, spec, extras)
+    assert dx.isnan().all(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("fault", CE_FAULTS)
+def test_cross_entropy_fault_is_caught(cuda, fault):
+    x, y = torch.randn(3, 1001).mul(3), torch.tensor([5, 7, 1000])
+    op = cuda_model.cross_entropy
+    spec, extras = llmfast.spec.CrossEntropySpec(), llmfast.spec.CrossEntropyExtras()
+    loss, lse = op.forward(x, y, spec, extras)
+    dx = op.backward(torch.ones(3), x, y, lse, spec, extras)
+    whole = torch.full((3, 1003), 7.0)
+    cuda_model.schedule(0, fault)
+    broken, _ = op.forward(x, y, spec, extras)
+    cuda_model.library().cross_entropy(x, y, None, None, torch.ones(3), lse, whole[:, :1001], spec, 0)
+    assert not (torch.equal(loss, broken) and torch.equal(dx, whole[:, :1001]) and bool((whole[:, 1001:] == 7).all()))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +136,7 @@ def test_refusals_are_sentences(cuda):
 # ---- sanitizers
 
 
-@pytest.mark.parametrize("what", ["attention", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
 def test_address_sanitizer(request, what):
     """Random problems, exact heap sizes: no step outside, no undefined behaviour, right results."""
     count = 400 if request.config.getoption("--all") else 12
@@ -102,14 +144,14 @@ def test_address_sanitizer(request, what):
     assert status == 0, output[-3000:]
 
 
-@pytest.mark.parametrize("what", ["attention", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
 def test_thread_sanitizer(request, what):
     count = 60 if request.config.getoption("--all") else 4
     status, output = cuda_model.fuzz("tsan")(what, 0, count, small=1)
     assert status == 0, output[-3000:]
 
 
-@pytest.mark.parametrize("what", ["attention", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
 def test_random_problems(request, what):
     count = 600 if request.config.getoption("--all") else 30
     for seed in range(4):
@@ -127,6 +169,16 @@ FAULTS = {
     6: ("attention", "no barrier between writing and reading o in shared memory", "tsan"),
     7: ("attention", "reads one row past the end", "asan"),
     8: ("attention", "writes one row past the end", "asan"),
+    31: ("backward", "dk, dv: waits for one cp.async group too few", "tsan"),
+    32: ("backward", "dk, dv: no barrier before a tile is used", "tsan"),
+    33: ("backward", "dk, dv: a tile is loaded into the slot in use", "tsan"),
+    34: ("backward", "dk, dv: the band is one key too wide", None),
+    36: ("backward", "no barrier between writing and reading a gradient in shared memory", "tsan"),
+    37: ("backward", "writes one row past the end", "asan"),
+    41: ("backward", "dq: waits for one cp.async group too few", "tsan"),
+    42: ("backward", "dq: no barrier before a tile is used", "tsan"),
+    43: ("backward", "dq: a tile is loaded into the slot in use", "tsan"),
+    44: ("backward", "dq: the band is one key too wide", None),
     11: ("softmax", "the reduction lacks a shuffle", None),
     12: ("softmax", "no barrier between warps of a row", "tsan"),
     13: ("softmax", "two reductions share their shared memory", "tsan"),

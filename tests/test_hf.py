@@ -1,4 +1,6 @@
-"""transformers with llmfast's attention: the same logits and the same generated tokens as eager, on tiny random models."""
+"""transformers with llmfast's attention: the same logits and the same generated tokens as eager, on tiny random
+models.
+"""
 
 import os
 import random

@@ -1,4 +1,6 @@
-"""Sizes past 32 bits, very many heads, very many keys, and nothing at all; memory stays small because most of it is never touched."""
+"""Sizes past 32 bits, very many heads, very many keys, and nothing at all; memory stays small because most of it is
+never touched.
+"""
 
 import itertools
 
@@ -22,7 +24,9 @@ def far_apart(t, stride, base):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=long)], ids=str)
 @pytest.mark.parametrize("far", ["row", pytest.param("head", marks=long), pytest.param("batch", marks=long)])
 def test_offsets_past_32_bits(dtype, far):
-    """Row, head or batch strides that reach past 2^31 elements give the bits of contiguous tensors, gradients included."""
+    """Row, head or batch strides that reach past 2^31 elements give the bits of contiguous tensors, gradients
+    included.
+    """
     shape = (2, 2, 70, 16)
     stride = {
         "row": (64, 32, 2**31 // 69 + 1000, 1),

@@ -222,3 +222,16 @@ def test_softmax_options():
     torch.testing.assert_close(llmfast.nn.Softmax(scale=0.5)(x, mask=~hidden), causal)
     torch.testing.assert_close(llmfast.nn.LogSoftmax()(x, bias=x), (2 * x).log_softmax(-1))
     assert (llmfast.nn.Softmax()(torch.full((2, 3), float("-inf"))) == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, dict(ignore_index=2, label_smoothing=0.1), dict(weight=torch.arange(1.0, 10.0))], ids=str
+)
+def test_cross_entropy_loss(options, reduction):
+    x, y = torch.randn(6, 9, 3, requires_grad=True), torch.randint(0, 9, (6, 3))
+    got, want = (m.CrossEntropyLoss(reduction=reduction, **options)(x, y) for m in (llmfast.nn, nn))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (got, want)))
+    with pytest.raises(TypeError, match="target: expected int64"):
+        llmfast.nn.CrossEntropyLoss()(x, torch.rand(6, 9, 3))

@@ -1,4 +1,6 @@
-"""What the library does to the process it lives in: memory, threads, the GIL, forks, signals. Each in a process of its own."""
+"""What the library does to the process it lives in: memory, threads, the GIL, forks, signals. Each in a process of its
+own.
+"""
 
 import os
 import signal
@@ -91,7 +93,9 @@ LONG = {
 
 
 def test_long_kernels_release_the_gil():
-    """Another Python thread goes on while a kernel runs: it wakes every millisecond, and never oversleeps the whole call."""
+    """Another Python thread goes on while a kernel runs: it wakes every millisecond, and never oversleeps the whole
+    call.
+    """
     said = run(f"""
         q, k, v = problem(1, 2, 6000)
         x = torch.ones(3000, 20000)

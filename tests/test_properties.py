@@ -1,4 +1,6 @@
-"""What must hold of any attention and any softmax, on random shapes. The shapes are drawn by hypothesis, without a clock."""
+"""What must hold of any attention and any softmax, on random shapes. The shapes are drawn by hypothesis, without a
+clock.
+"""
 
 import pytest
 import torch
@@ -134,7 +136,7 @@ def padding_is_cropping(shape):
 
 @for_any(shapes)
 def packing_is_one_by_one(shape):
-    B, G, Hk, Nq, Nk, D, seed = shape
+    B, G, Hk, Nq, _, D, seed = shape
     torch.manual_seed(seed)
     lengths = torch.randint(0, max(Nq, 2), (B + 1,))
     cu = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
@@ -234,7 +236,9 @@ def doubled_keys_add_ln2(shape):
 
 @for_any(shapes)
 def gradients_balance(shape):
-    """Scores are bilinear in q and k, so q . dq = k . dk; each row's weights sum to one, so the rows of dv sum to those of do."""
+    """Scores are bilinear in q and k, so q . dq = k . dk; each row's weights sum to one, so the rows of dv sum to those
+    of do.
+    """
     q, k, v = (t.requires_grad_() for t in tensors(shape))
     o, _ = attend(q, k, v)
     do = torch.randn_like(o)
@@ -246,7 +250,9 @@ def gradients_balance(shape):
 
 @for_any(shapes)
 def lse_has_a_gradient(shape):
-    """The gradient of the sum of lse to the scores is the weights: to v it is zero, to a bias by key it sums to the rows."""
+    """The gradient of the sum of lse to the scores is the weights: to v it is zero, to a bias by key it sums to the
+    rows.
+    """
     q, k, v = tensors(shape)
     bias = torch.zeros(k.shape[2], requires_grad=True)
     v.requires_grad_()

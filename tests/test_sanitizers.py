@@ -1,7 +1,8 @@
 """The CPU tests on builds of csrc with g++'s sanitizers, each in a child process that the first report ends.
 
-Address and undefined behaviour in one build, threads in another: there a small libgomp of our own stands in for the real one,
-whose futexes ThreadSanitizer can't follow (tests/sanitize/gomp.cpp), and code without instrumentation (torch) is ignored.
+Address and undefined behaviour in one build, threads in another: there a small libgomp of our own stands in for the
+real one, whose futexes ThreadSanitizer can't follow (tests/sanitize/gomp.cpp), and code without instrumentation (torch)
+is ignored.
 """
 
 import os

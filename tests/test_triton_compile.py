@@ -68,6 +68,28 @@ def test_compiles_well(arch, D, dtype, option):
             assert c.instructions[MMA[arch]], str(c)
 
 
+def test_several_architectures_in_one_process():
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    code = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from llmfast import inspect_kernels
+from llmfast.kernels import softmax
+from llmfast.spec import NO_SOFTMAX_EXTRAS, SoftmaxSpec
+
+for arch in (80, 90):
+    driver = inspect_kernels.CompileOnly(GPUTarget("cuda", arch, 32))
+    triton.runtime.driver.set_active(driver)
+    driver.forget()
+    softmax.forward(torch.empty(1, 1, 4, 64), None, SoftmaxSpec(), NO_SOFTMAX_EXTRAS)
+    print(*(name for name, *_ in driver.launched))
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.split() == ["softmax_fwd", "softmax_fwd"], done.stdout + done.stderr[-3000:]
+
+
 def test_faults_are_told():
     good = Compiled("attention_fwd", "bf16 D=64 causal", "sm_90", 168, 0, 65536, 4, Counter(HGMMA=16))
     assert good.faults() == []

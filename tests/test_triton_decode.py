@@ -1,4 +1,4 @@
-"""Triton's decode kernel against the reference in float64: lengths, pages, several splits, every option, batch invariance."""
+"""Triton's decode kernel against the reference in float64: lengths, pages, splits, every option, batch invariance."""
 
 import pytest
 import torch

@@ -40,25 +40,8 @@ struct Workspace {
   const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
 };
 
-// A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
-template <class T, bool kPart>
-LLMFAST_INLINE auto units(const T* p, int64_t n) {
-  if constexpr (kPairs<T>) {
-    if constexpr (!kPart) return loadu(reinterpret_cast<const int32_t*>(p));
-    T whole[2 * kLanes] = {};
-    for (int64_t i = 0; i < n; i++) whole[i] = p[i];
-    return loadu(reinterpret_cast<const int32_t*>(whole));
-  } else {
-    if constexpr (kPart) return load_part(p, n);
-    return loadu(p);
-  }
-}
-LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
-LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
-LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
-
 // S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next
-// block's k.
+// block's k: to L2 only, because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
 template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
   using C = compute<T>;
@@ -72,7 +55,7 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
     LLMFAST_UNROLL
     for (int t = 0; t < K; t++) {
       k[t] = w.k[min<int64_t>(j + t, n - 1)];
-      for (int64_t d = 0; d < x.Dv; d += 64 / sizeof(T)) __builtin_prefetch(w.v[min<int64_t>(j + t, n - 1)] + d);
+      for (int64_t d = 0; d < x.Dv; d += 64 / sizeof(T)) __builtin_prefetch(w.v[min<int64_t>(j + t, n - 1)] + d, 0, 2);
     }
     auto step = [&](int64_t d, auto part) __attribute__((always_inline)) {
       decltype(load(q)) y[K];
@@ -108,7 +91,7 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
     decltype(load(w.q)) v[Z * kPer];
     LLMFAST_UNROLL
     for (int y = 0; y < kPer; y++) LLMFAST_UNROLL
-    for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z);
+    for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z, 0, 2);
     LLMFAST_UNROLL
     for (int z = 0; z < Z; z++) {
       const int64_t at = d + z * kStep;

@@ -13,6 +13,9 @@ struct Kernels {
   void (*rowdot)(const Tensor& o, const Tensor& dout, const Tensor& delta);
   void (*softmax_forward)(const Softmax&);
   void (*softmax_backward)(const SoftmaxBackward&);
+  void (*cross_entropy_forward)(const CrossEntropy&);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&);
+  void (*linear)(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y);
 };
 
 // Weak: a table that setup.py leaves out (LLMFAST_ISAS) has no address.

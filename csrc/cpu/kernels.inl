@@ -7,6 +7,8 @@
 #include "cpu/attention_decode.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/softmax.inl"
+#include "cpu/cross_entropy.inl"
+#include "cpu/linear.inl"
 #include "cpu/peak.inl"
 
 #define LLMFAST_NAME_(x) #x
@@ -14,9 +16,16 @@
 
 namespace llmfast::cpu {
 const Kernels LLMFAST_TABLE = {
-    LLMFAST_NAME(LLMFAST_ISA),       LLMFAST_ISA::attention_forward,
-    LLMFAST_ISA::attention_decode,   LLMFAST_ISA::peak,
-    LLMFAST_ISA::attention_backward, LLMFAST_ISA::rowdot,
-    LLMFAST_ISA::softmax_forward,    LLMFAST_ISA::softmax_backward,
+    LLMFAST_NAME(LLMFAST_ISA),
+    LLMFAST_ISA::attention_forward,
+    LLMFAST_ISA::attention_decode,
+    LLMFAST_ISA::peak,
+    LLMFAST_ISA::attention_backward,
+    LLMFAST_ISA::rowdot,
+    LLMFAST_ISA::softmax_forward,
+    LLMFAST_ISA::softmax_backward,
+    LLMFAST_ISA::cross_entropy_forward,
+    LLMFAST_ISA::cross_entropy_backward,
+    LLMFAST_ISA::linear,
 };
 }  // namespace llmfast::cpu

@@ -103,6 +103,21 @@ LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
   return dot(acc, splat(x), y);
 }
 
+// A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
+template <class T, bool kPart>
+LLMFAST_INLINE auto units(const T* p, int64_t n) {
+  if constexpr (kPairs<T>) {
+    if constexpr (kPart) return load_pairs_part(p, n);
+    return loadu(reinterpret_cast<const int32_t*>(p));
+  } else {
+    if constexpr (kPart) return load_part(p, n);
+    return loadu(p);
+  }
+}
+LLMFAST_INLINE vec product(vec acc, vec x, vec y) { return acc + x * y; }
+LLMFAST_INLINE dvec product(dvec acc, dvec x, dvec y) { return acc + x * y; }
+LLMFAST_INLINE vec product(vec acc, ivec x, ivec y) { return dot(acc, x, y); }
+
 LLMFAST_INLINE float log(float x) { return __builtin_logf(x); }
 LLMFAST_INLINE double log(double x) { return __builtin_log(x); }
 LLMFAST_INLINE float exp(float x) { return __builtin_expf(x); }

@@ -279,6 +279,9 @@ LLMFAST_INLINE ivec load_part(const int32_t* p, int64_t n) { return (ivec)_mm512
 LLMFAST_INLINE vec load_part(const bf16* p, int64_t n) {
   return (vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16((1u << n) - 1, p)), 16);
 }
+LLMFAST_INLINE ivec load_pairs_part(const bf16* p, int64_t n) {  // the pairs of n < 32 elements
+  return (ivec)_mm512_maskz_loadu_epi16((1u << n) - 1, p);
+}
 LLMFAST_INLINE vec load_part(const f16* p, int64_t n) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << n) - 1, p));
 }

@@ -15,7 +15,7 @@ T* at(const Tensor& t, int64_t a, int64_t b, int64_t i) {
 
 template <class C>
 LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
-  return attention_bwd::exponential<C>(x);
+  return exp2(x, static_cast<C>(1.4426950408889634));
 }
 template <class V>
 LLMFAST_INLINE auto greatest(V x) {
@@ -130,7 +130,8 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
 }
 
 template <class T>
-LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other) {
+LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
+                        compute<T>* maxima) {
   using C = compute<T>;
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
@@ -139,17 +140,35 @@ LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compu
     const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
     finish(p.log, buffer, n, m, y);
   } else {
+    const bool kept = !p.log && std::is_same_v<T, C>;  // the exponentials wait in y for the row's maximum and sum
     C m = -kInfOf<C>, l = 0;
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t c = min(kChunk, n - j);
       const C most = fill(p, x + j, a, b, i, j, c, false, buffer, other);
       if (most > m) l *= exp(finite(m) - most), m = most;
+      if (kept) {
+        l += sum_exp<true>(buffer, c, finite(m));
+        maxima[j / kChunk] = finite(m);
+        if constexpr (std::is_same_v<T, C>) write(buffer, c, y + j, [](auto v) { return v; });
+        continue;
+      }
       l += sum_exp<false>(buffer, c, finite(m));
     }
     m = finite(m);
     const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t c = min(kChunk, n - j);
+      if constexpr (std::is_same_v<T, C>)
+        if (kept) {
+          const C factor = exp(maxima[j / kChunk] - m) * inverse;
+          for (int64_t e = 0; e < c; e += kLanesOf<C>)
+            if (e + kLanesOf<C> <= c) {
+              storeu(y + j + e, loadu(y + j + e) * factor);
+            } else {
+              store_part(y + j + e, load_part(y + j + e, c - e) * factor, c - e);
+            }
+          continue;
+        }
       if (!p.log && !p.bias && !p.mask) {
         const C scale = static_cast<C>(p.scale);
         int64_t e = 0;
@@ -224,15 +243,15 @@ void forward(const Softmax& p) {
   {
     static thread_local Scratch scratch;
     const int64_t room = (across ? N : min(N, kChunk)) + 64;
-    C* const buffer = static_cast<C*>(scratch.bytes((step + 1) * (room + 64) * sizeof(C)));
-    C* const other = buffer + step * (room / 64 * 64 + 64);
+    C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + N / kChunk + 1) * sizeof(C)));
+    C *const other = buffer + step * (room / 64 * 64 + 64), *const maxima = buffer + (step + 1) * (room + 64);
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
       const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
       if (across) {
         columns<T>(p, a, b, i, buffer, other);
       } else {
-        row<T>(p, a, b, i, buffer, other);
+        row<T>(p, a, b, i, buffer, other, maxima);
       }
     }
   }

@@ -71,27 +71,27 @@ __device__ __forceinline__ void sequence(const Tensor& cu_seqlens, int b, int to
   length = max(min(max(cu[(b + 1) * stride], 0), total) - start, 0);
 }
 
-// The span of this block; Nq = 0 where there is none. The last queries come first: under a causal band they have most
-// keys.
-template <int BLOCK_M>
-__device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
-  const AttentionForward& p = a.p;
-  const int H = p.q.size[1], block = block_index() % a.blocks;
-  const int64_t head = block_index() / a.blocks;
-  Span x{static_cast<int>(head / H),   static_cast<int>(head % H), 0, 0, static_cast<int>(p.q.size[2]), 0,
-         static_cast<int>(p.k.size[2])};
-  if (!p.extras.cu_seqlens_q.data) {
-    x.m0 = (a.blocks - 1 - block) * BLOCK_M;
+// The span of this block; m0 past the last row where there is none. Blocks go over queries, the last first: under a
+// causal band they have most keys. kOfKeys: over the keys of a key head h, the first first.
+template <int kBlock, bool kOfKeys>
+__device__ __forceinline__ Span span_of(const Tensor& q, const Tensor& k, const Extras& extras, int blocks) {
+  const int H = kOfKeys ? k.size[1] : q.size[1], block = block_index() % blocks;
+  const int64_t head = block_index() / blocks;
+  Span x{static_cast<int>(head / H), static_cast<int>(head % H), 0, 0, static_cast<int>(q.size[2]), 0,
+         static_cast<int>(k.size[2])};
+  if (!extras.cu_seqlens_q.data) {
+    x.m0 = (kOfKeys ? block : blocks - 1 - block) * kBlock;
     return x;
   }
-  const int B = p.extras.cu_seqlens_q.size[0] - 1, lane = thread_index() % 32, total = x.Nq, keys = x.Nk;
+  const Tensor& cu_seqlens = kOfKeys ? extras.cu_seqlens_k : extras.cu_seqlens_q;
+  const int B = cu_seqlens.size[0] - 1, lane = thread_index() % 32, queries = x.Nq, keys = x.Nk;
   x.h = head;
   for (int first = 0, passed = 0; first < B;
        first += 32) {  // 32 sequences at a time: how many blocks end at or before each
     int start, length, mine = 0;
     if (first + lane < B) {
-      sequence(p.extras.cu_seqlens_q, first + lane, total, start, length);
-      mine = (length + BLOCK_M - 1) / BLOCK_M;
+      sequence(cu_seqlens, first + lane, kOfKeys ? keys : queries, start, length);
+      mine = (length + kBlock - 1) / kBlock;
     }
     int ended = mine;
 #pragma unroll
@@ -104,14 +104,15 @@ __device__ __forceinline__ Span span_of(const AttentionForwardArgs& a) {
       int found = 0;
       while (!(beyond >> found & 1)) found++;
       x.b = first + found;
-      sequence(p.extras.cu_seqlens_q, x.b, total, x.q0, x.Nq);
-      sequence(p.extras.cu_seqlens_k, x.b, keys, x.k0, x.Nk);
-      x.m0 = (passed + shuffle(ended, found) - 1 - block) * BLOCK_M;
+      sequence(extras.cu_seqlens_q, x.b, queries, x.q0, x.Nq);
+      sequence(extras.cu_seqlens_k, x.b, keys, x.k0, x.Nk);
+      const int end = passed + shuffle(ended, found);  // blocks up to the end of this sequence
+      x.m0 = (kOfKeys ? block - end + shuffle(mine, found) : end - 1 - block) * kBlock;
       return x;
     }
     passed += shuffle(ended, 31);
   }
-  x.Nq = 0;
+  x.Nq = x.Nk = 0;
   return x;
 }
 
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
   using Tile = cuda::Tile<kHeadDim, kGeneral>;
   constexpr int BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing, kMma = Tile::kMma;
   const AttentionForward& p = a.p;
-  const Span x = span_of<BLOCK_M>(a);
+  const Span x = span_of<BLOCK_M, false>(p.q, p.k, p.extras, a.blocks);
   if (x.m0 >= x.Nq) return;
   const int lane = thread_index() % 32, warp_row = thread_index() / 32 * 16 * kMma;
   const int D = p.q.size[3], Dv = p.v.size[3], hk = x.h / (p.q.size[1] / p.k.size[1] + (p.k.size[1] == 0));

@@ -9,11 +9,25 @@ namespace llmfast::cuda {
 // where a sequence has a row.
 const char* attention_forward(const AttentionForward& problem, void* stream);
 
+// dq, dk and dv from dout, q, k, v (16-byte aligned rows), lse and delta float32; dbias, dsinks and o are not looked
+// at.
+const char* attention_backward(const AttentionBackward& problem, void* stream);
+
 // float32, float16 or bfloat16, any sizes, the last dimension of x and y contiguous; y may be x.
 const char* softmax_forward(const Softmax& problem, void* stream);
 
 // dx from dy and y of one dtype, the last dimension of all three contiguous; dbias is not looked at.
 const char* softmax_backward(const SoftmaxBackward& problem, void* stream);
+
+// x (T, V) float32, float16 or bfloat16 with contiguous rows, target int64, weight float32 or absent. Without dx: loss
+// and lse (T,) float32 are written; with dx: they are read, loss being the gradient of each row's loss, and dx is
+// written from weight_sum too, the sum of weight.
+struct CrossEntropy {
+  Tensor x, target, weight, weight_sum, loss, lse, dx;
+  int64_t ignore_index;
+  double smoothing, z_loss, softcap;
+};
+const char* cross_entropy(const CrossEntropy& problem, void* stream);
 
 // nullptr, or why kernels can't run on this machine.
 const char* unavailable();

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ..ops import like, lse_dtype
+from ..ops import LINEAR_ROWS, like, lse_dtype
 from ..spec import Grads
 from . import Op
 
@@ -82,6 +82,14 @@ def _rowdot(o, do):
 attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, decode=_attention_decode)
 
 
+def _fresh(x):
+    """An output like x; a large one asks for huge pages, as a fault for each 4 KiB takes longer than the kernel."""
+    y = torch.empty_like(x)
+    if y.nbytes >= 1 << 23:
+        _cpu.huge_pages(y)
+    return y
+
+
 def _softmax_supports(x, spec, extras):
     if _cpu is None:
         return _NOT_BUILT
@@ -95,7 +103,7 @@ def _softmax_forward(x, out, spec, extras):
     rows = x.stride(-1) == 1 or x.shape[-1] == 1
     if not rows and not (x.stride(-2) == 1 and x.shape[-1] <= _ACROSS):
         x, rows = x.contiguous(), True
-    y = torch.empty_like(x) if out is None else out
+    y = _fresh(x) if out is None else out
     direct = y.stride(-1) == 1 or y.shape[-1] == 1 if rows else y.stride(-2) == 1 and y.stride(-1) != 1
     target = y if direct else torch.empty_like(x)
     _cpu.softmax_forward(x, target, *extras, *spec)
@@ -104,10 +112,59 @@ def _softmax_forward(x, out, spec, extras):
 
 def _softmax_backward(dy, y, spec, extras):
     dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
-    dx = torch.empty_like(y)
+    dx = _fresh(y)
     dbias = None if extras.bias is None else torch.zeros(extras.bias.shape, dtype=lse_dtype(y))
     _cpu.softmax_backward(dy, y, dx, dbias, spec.scale, spec.log)
     return dx, None if dbias is None else dbias.to(extras.bias.dtype)
 
 
 softmax = Op(_softmax_supports, _softmax_forward, _softmax_backward)
+
+
+def _cross_entropy_supports(x, target, spec, extras):
+    return _softmax_supports(x, spec, extras)
+
+
+def _rows(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _cross_entropy_forward(x, target, spec, extras):
+    loss, lse = (torch.empty(x.shape[0], dtype=lse_dtype(x)) for _ in range(2))
+    weight = None if extras.weight is None else extras.weight.contiguous()
+    _cpu.cross_entropy_forward(_rows(x), target, loss, lse, weight, *spec)
+    return loss, lse
+
+
+def _cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
+    x = _rows(x)
+    dx = _fresh(x) if out is None or _rows(out) is not out else out
+    weight = None if extras.weight is None else extras.weight.contiguous()
+    _cpu.cross_entropy_backward(dloss.to(lse.dtype), x, target, lse, dx, weight, *spec)
+    return dx if out is None or dx is out else out.copy_(dx)
+
+
+cross_entropy = Op(_cross_entropy_supports, _cross_entropy_forward, _cross_entropy_backward)
+
+
+_LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _linear_supports(x, weight, bias):
+    if _cpu is None:
+        return _NOT_BUILT
+    if not x.is_cpu:
+        return f"needs a CPU tensor, got {x.device}"
+    if x.dtype not in _LINEAR_DTYPES:
+        return f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
+    return None if x.shape[0] <= LINEAR_ROWS else f"{x.shape[0]} rows are more than {LINEAR_ROWS}"
+
+
+def _linear_forward(x, weight, bias):
+    x, weight = (t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous() for t in (x, weight))
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    _cpu.linear(x, weight, bias, y)
+    return y
+
+
+linear = Op(_linear_supports, _linear_forward, None)

@@ -5,7 +5,8 @@ from functools import cache
 import torch
 
 from ..ops import like
-from . import Op
+from ..spec import Grads
+from . import Op, reference
 
 try:
     from .. import _cuda
@@ -57,6 +58,8 @@ def attention_op(refuses, launch) -> Op:
             return f"{max(q.shape[2], k.shape[2])} rows are more than 2**30"
         if spec.dropout_p:
             return "dropout is not supported"
+        if extras.bias is not None and extras.bias.requires_grad:
+            return "the gradient of bias is not supported"
         return next((f"{name} is not supported" for name in _REFUSED if getattr(extras, name) is not None), None)
 
     def forward(q, k, v, spec, extras, need_lse=True):
@@ -72,7 +75,20 @@ def attention_op(refuses, launch) -> Op:
         launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, extras)
         return o, lse
 
-    return Op(supports, forward, None)
+    def backward(do, q, k, v, o, lse, delta, spec, extras):
+        new = torch.zeros_like if extras.packed else torch.empty_like  # rows that no sequence covers
+        dq, dk, dv = new(q), new(k), new(v)
+        dsinks = None
+        if extras.sinks is not None:
+            share = torch.exp(extras.sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
+            dsinks = -(share * delta).sum((0, 2)).to(extras.sinks.dtype)
+        if extras.bias is not None:
+            extras = extras._replace(bias=_narrow(extras.bias))
+        rows = (_aligned(t) for t in (do, q, k, v))
+        launch("attention_backward", q, *rows, lse, delta, dq, dk, dv, spec, extras)
+        return Grads(dq, dk, dv, None, dsinks)
+
+    return Op(supports, forward, backward, reference.rowdot)
 
 
 def softmax_op(refuses, launch) -> Op:
@@ -107,6 +123,31 @@ def softmax_op(refuses, launch) -> Op:
     return Op(supports, forward, backward)
 
 
+def cross_entropy_op(refuses, launch) -> Op:
+    def supports(x, target, spec, extras):
+        if (why := refuses(x)) is not None:
+            return why
+        return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
+
+    row = lambda t: t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
+
+    def forward(x, target, spec, extras):
+        loss, lse = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+        weight = None if extras.weight is None else extras.weight.float()
+        launch("cross_entropy", x, row(x), target, weight, None, loss, lse, None, spec)
+        return loss, lse
+
+    def backward(dloss, x, target, lse, spec, extras, out=None):
+        weight = None if extras.weight is None else extras.weight.float()
+        total = None if weight is None else weight.sum()[None]
+        rows = row(x)
+        dx = rows if out is not None else torch.empty_like(rows, memory_format=torch.contiguous_format)
+        launch("cross_entropy", x, rows, target, weight, total, dloss.float(), lse, dx, spec)
+        return dx if out is None or out is dx else out.copy_(dx)
+
+    return Op(supports, forward, backward)
+
+
 def _narrow(t):
     return t.float() if t.dtype == torch.float64 else t
 
@@ -123,3 +164,4 @@ def _aligned(t):
 
 attention = attention_op(_refuses, _launch)
 softmax = softmax_op(_refuses, _launch)
+cross_entropy = cross_entropy_op(_refuses, _launch)

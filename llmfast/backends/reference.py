@@ -247,9 +247,16 @@ def capped(x, spec):
     return spec.softcap * t, 1 - t * t
 
 
+def linear_forward(x, weight, bias):
+    """x (M, D) weight (V, D)^T + bias (V,): (M, V)."""
+    y = wide(x) @ wide(weight).mT
+    return (y if bias is None else y + wide(bias)).to(x.dtype)
+
+
 attention = Op(lambda *_: None, forward, backward, rowdot)
 softmax = Op(lambda *_: None, softmax_forward, softmax_backward)
 cross_entropy = Op(lambda *_: None, cross_entropy_forward, cross_entropy_backward)
+linear = Op(lambda *_: None, linear_forward, None)
 
 
 def available() -> str | None:

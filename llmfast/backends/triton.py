@@ -127,3 +127,28 @@ def _softmax_backward(dy, y, spec, extras):
 
 
 softmax = Op(_softmax_supports, _softmax_forward, _softmax_backward, only_named=_only_named)
+
+
+def _cross_entropy_supports(x, target, spec, extras):
+    return _refuses(x)
+
+
+def _cross_entropy_forward(x, target, spec, extras):
+    from ..kernels import cross_entropy as kernels
+
+    loss, lse = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
+    with _on(x):
+        kernels.forward(x, target, loss, lse, spec, extras)
+    return loss, lse
+
+
+def _cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
+    from ..kernels import cross_entropy as kernels
+
+    dx = torch.empty_like(x) if out is None else out
+    with _on(x):
+        kernels.backward(dloss, x, target, lse.contiguous(), dx, spec, extras)
+    return dx
+
+
+cross_entropy = Op(_cross_entropy_supports, _cross_entropy_forward, _cross_entropy_backward, only_named=_only_named)

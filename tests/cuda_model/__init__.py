@@ -17,7 +17,7 @@ from llmfast.backends import cuda
 HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "cuda_model"
-KERNELS = [ROOT / "csrc/cuda" / f"{name}.cu" for name in ("softmax", "attention_bf16", "attention_fp16")]
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 MODEL = HERE / "device.cpp"
 SANITIZERS = {
     "": [],
@@ -95,9 +95,9 @@ def library():
     return module
 
 
-def schedule(seed):
-    """The order in which the model runs warps and lanes from now on; see device.cpp."""
-    ctypes.CDLL(library().__file__).llmfast_model(seed, 0)
+def schedule(seed, fault=0):
+    """The order in which the model runs warps and lanes from now on, and the fault that is active; see device.cpp."""
+    ctypes.CDLL(library().__file__).llmfast_model(seed, fault)
 
 
 def _refuses(t):
@@ -110,3 +110,4 @@ def _launch(name, t, *args):
 
 attention = cuda.attention_op(_refuses, _launch)
 softmax = cuda.softmax_op(_refuses, _launch)
+cross_entropy = cuda.cross_entropy_op(_refuses, _launch)

@@ -1,5 +1,5 @@
-// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|softmax FIRST COUNT
-// [SEED [FAULT [SMALL]]]
+// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|backward|softmax
+// FIRST COUNT [SEED [FAULT [SMALL]]]
 //
 // Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the
 // heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit
@@ -101,7 +101,7 @@ bool wrong(double got, double want, double allowed) {
   return std::fabs(got - want) > allowed;
 }
 
-int attention(int number, bool small) {
+int attention(int number, bool small, bool backward) {
   Heap heap;
   const Dtype dtype = maybe(2) ? Dtype::kBFloat16 : Dtype::kFloat16;
   const int dims[] = {64, 64, 128, 32, 16, 40, 59, 80, 96, 111, 160, 256};
@@ -114,7 +114,7 @@ int attention(int number, bool small) {
   };
   p.q = tensor(H, Nq, D), p.k = tensor(Hk, Nk, D), p.v = tensor(Hk, Nk, Dv);
   p.o = heap.make(dtype, {packed ? 1 : B, H, Nq, Dv}, [] { return kNan; }, maybe(2));
-  if (!maybe(4)) p.lse = heap.make(Dtype::kFloat32, {packed ? 1 : B, H, Nq}, [] { return kNan; });
+  if (!maybe(4) || backward) p.lse = heap.make(Dtype::kFloat32, {packed ? 1 : B, H, Nq}, [] { return kNan; });
   const int open = 1 << 30, kind = draw(0, 4);
   p.spec = {1 / std::sqrt(static_cast<double>(D)), open, open, 0, 0};
   if (kind == 1) p.spec.right = 0;
@@ -143,20 +143,28 @@ int attention(int number, bool small) {
     return 1;
   }
   const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  const Tensor dout = tensor(H, Nq, Dv);
+  const Tensor delta = heap.make(Dtype::kFloat32, {packed ? 1 : B, H, Nq}, [] { return kNan; });
+  // Gradients, and what their terms add up to in absolute value.
+  std::vector<double> dq((packed ? 1 : B) * H * Nq * D), dk((packed ? 1 : B) * Hk * Nk * D),
+      dv((packed ? 1 : B) * Hk * Nk * Dv), dq_size(dq), dk_size(dk), dv_size(dv);
   for (int b = 0; b < (packed ? 3 : B); b++)
     for (int h = 0; h < H; h++) {
       const int s = packed ? b : 0, q0 = starts[0][s], k0 = starts[1][s], nq = starts[0][s + 1] - q0,
                 nk = starts[1][s + 1] - k0;
       const int row = packed ? 0 : b, hk = h / (H / Hk);
       for (int i = 0; i < nq; i++) {
-        std::vector<double> x(nk), o(Dv);
+        std::vector<double> x(nk), o(Dv), derivative(nk, 1.0);
         const double sink = p.extras.sinks ? get(p.extras.sinks, h * p.extras.sinks.stride[0]) : -kInfinity;
         double m = sink, l = 0, largest = 0;
         for (int j = 0; j < nk; j++) {
           double y = 0;
           for (int d = 0; d < D; d++) y += at(p.q, row, h, q0 + i, d) * at(p.k, row, hk, k0 + j, d);
           y *= p.spec.scale;
-          if (p.spec.softcap) y = p.spec.softcap * std::tanh(y / p.spec.softcap);
+          if (p.spec.softcap) {
+            const double t = std::tanh(y / p.spec.softcap);
+            y = p.spec.softcap * t, derivative[j] = 1 - t * t;
+          }
           const int distance = j - i - (nk - nq);
           if (p.extras.alibi_slopes)
             y -= get(p.extras.alibi_slopes, h * p.extras.alibi_slopes.stride[0]) * std::abs(distance);
@@ -184,9 +192,56 @@ int attention(int number, bool small) {
           std::printf("attention %d: lse[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, lse);
           return 1;
         }
+        if (!backward) continue;
+        double sum = 0;
+        for (int d = 0; d < Dv; d++) sum += o[d] * at(dout, row, h, q0 + i, d);
+        set(delta, row * delta.stride[0] + h * delta.stride[1] + (q0 + i) * delta.stride[2], sum);
+        for (int j = 0; j < nk && l != 0; j++) {
+          const double weight = std::exp(x[j] - lse);
+          double dp = 0;
+          for (int d = 0; d < Dv; d++) dp += at(dout, row, h, q0 + i, d) * at(p.v, row, hk, k0 + j, d);
+          const double ds = weight * (dp - sum) * derivative[j] * p.spec.scale,
+                       size = weight * (std::fabs(dp) + std::fabs(sum)) * std::fabs(p.spec.scale);
+          const int64_t qi = (static_cast<int64_t>(row) * H + h) * Nq + q0 + i,
+                        kj = (static_cast<int64_t>(row) * Hk + hk) * Nk + k0 + j;
+          for (int d = 0; d < D; d++) {
+            const double kd = at(p.k, row, hk, k0 + j, d), qd = at(p.q, row, h, q0 + i, d);
+            dq[qi * D + d] += ds * kd, dq_size[qi * D + d] += size * std::fabs(kd);
+            dk[kj * D + d] += ds * qd, dk_size[kj * D + d] += size * std::fabs(qd);
+          }
+          for (int d = 0; d < Dv; d++) {
+            const double g = weight * at(dout, row, h, q0 + i, d);
+            dv[kj * Dv + d] += g, dv_size[kj * Dv + d] += std::fabs(g);
+          }
+        }
       }
     }
-  return 0;
+  if (!backward) return 0;
+  const bool apart = maybe(2);
+  const auto gradient = [&](int heads, int n, int d) {
+    return heap.make(dtype, {packed ? 1 : B, heads, n, d}, [=] { return packed ? 0 : kNan; }, apart);
+  };
+  AttentionBackward g{dout, p.q, p.k, p.v, Tensor{}, p.lse, delta, {}, {}, {}, {}, {}, p.spec, p.extras};
+  g.dq = gradient(H, Nq, D), g.dk = gradient(Hk, Nk, D), g.dv = gradient(Hk, Nk, Dv);
+  if (const char* error = cuda::attention_backward(g, nullptr)) {
+    std::printf("backward %d: %s\n", number, error);
+    return 1;
+  }
+  const auto compare = [&](const char* name, const Tensor& got, const std::vector<double>& want,
+                           const std::vector<double>& size) {
+    int64_t n = 0;
+    for (int b = 0; b < got.size[0]; b++)
+      for (int h = 0; h < got.size[1]; h++)
+        for (int i = 0; i < got.size[2]; i++)
+          for (int d = 0; d < got.size[3]; d++, n++)  // p and ds are rounded, and the sum; float16 ends at 6e-8
+            if (wrong(at(got, b, h, i, d), want[n], 3 * eps * size[n] + 1e-5)) {
+              std::printf("backward %d: %s[%d][%d][%d][%d] is %g, not %g\n", number, name, b, h, i, d,
+                          at(got, b, h, i, d), want[n]);
+              return 1;
+            }
+    return 0;
+  };
+  return compare("dq", g.dq, dq, dq_size) || compare("dk", g.dk, dk, dk_size) || compare("dv", g.dv, dv, dv_size);
 }
 
 int softmax(int number, bool small) {
@@ -255,12 +310,13 @@ int softmax(int number, bool small) {
 
 int main(int count, char** arguments) {
   const auto argument = [&](int i, int otherwise) { return count > i ? std::atoi(arguments[i]) : otherwise; };
-  const bool is_softmax = count > 1 && arguments[1][0] == 's', small = argument(6, 0);
+  const char what = count > 1 ? arguments[1][0] : 'a';
+  const bool small = argument(6, 0);
   llmfast_model(argument(4, 0), argument(5, 0));
   int bad = 0;
   for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1); i++) {
     rng.seed(i + 1);
-    bad += is_softmax ? softmax(i, small) : attention(i, small);
+    bad += what == 's' ? softmax(i, small) : attention(i, small, what == 'b');
   }
   std::printf("%d wrong of %d\n", bad, argument(3, 1));
   return bad > 0;

@@ -1,0 +1,98 @@
+"""What an eager call costs beyond its kernel: one head, one query, one key, so the kernel has nothing much to do.
+
+The demand is under 10 us a call on the CPU; the baseline is PyTorch's own operation on the same tensors.
+
+    python -m benchmarks run overhead
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import llmfast
+
+
+class Shape(NamedTuple):
+    dtype: str
+    call: str
+    backward: bool = False
+
+    def __str__(self):
+        return f"{self.call} {self.dtype}"
+
+
+def _gradient(forward):
+    """Forward and backward together: forward(q, k, v) with a gradient of ones."""
+
+    def run(q, k, v):
+        o = forward(*(t.detach().requires_grad_() for t in (q, k, v)))
+        o.sum().backward()
+        return o.detach()
+
+    return run
+
+
+def _target(q):
+    return torch.zeros(1, dtype=torch.int64, device=q.device)
+
+
+def _loss(cross_entropy):
+    return lambda q, k, v: cross_entropy(q[0, 0], _target(q))
+
+
+def _loss_gradient(cross_entropy):
+    def run(q, k, v):
+        x = q[0, 0].detach().requires_grad_()
+        loss = cross_entropy(x, _target(q))
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+def _decode(q, k, v):
+    return llmfast.attention_decode(q, k, v, torch.ones(1, dtype=torch.int32, device=q.device))
+
+
+CALLS = {  # PyTorch's, llmfast's
+    "scaled_dot_product_attention": (F.scaled_dot_product_attention, llmfast.scaled_dot_product_attention),
+    "attention": (F.scaled_dot_product_attention, llmfast.attention),
+    "attention_decode": (F.scaled_dot_product_attention, _decode),
+    "softmax": (lambda q, k, v: torch.softmax(q, -1), lambda q, k, v: llmfast.softmax(q)),
+    "cross_entropy": (_loss(F.cross_entropy), _loss(llmfast.cross_entropy)),
+    "attention and its gradient": (_gradient(F.scaled_dot_product_attention), _gradient(llmfast.attention)),
+    "cross_entropy and its gradient": (_loss_gradient(F.cross_entropy), _loss_gradient(llmfast.cross_entropy)),
+}
+
+
+def providers(device):
+    return {"torch": 0, "llmfast": 1}
+
+
+def shapes(device, lengths=(), dtypes=("float32", "bfloat16"), backward=False):
+    for dtype in dtypes:
+        for name in CALLS:
+            yield Shape(dtype, name)
+
+
+def inputs(shape, device):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(1, 1, 1, 64, generator=g).to(device, getattr(torch, shape.dtype)) for _ in range(3)]
+
+
+def call(provider, shape, tensors):
+    run = CALLS[shape.call][provider]
+    return lambda: run(*tensors)
+
+
+def truth(shape, tensors):
+    return call(0, shape, [t.double() for t in tensors])()
+
+
+def work(shape):
+    return 1, "calls/s"
+
+
+def skip(name, shape):
+    return False
