@@ -58,16 +58,9 @@ def test_softmax(cuda, name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", test_cross_entropy.OPTIONS)
-@pytest.mark.parametrize("shape", [(7, 5), (33, 517), (5, 5003), (4, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (7, 5), (33, 517), (5, 5003), (4, 1024)], ids=str)
 def test_cross_entropy_agrees_with_float64(cuda, shape, name, dtype):
     test_cross_entropy.test_agrees_with_float64(shape, name, dtype, "cuda")
-
-
-CE_FAULTS = {
-    51: "the running sum is not rescaled",
-    52: "two reductions share their shared memory",
-    53: "writes one column past the end",
-}
 
 
 def test_a_target_out_of_range_is_nan_for_its_row(cuda):
@@ -78,20 +71,6 @@ def test_a_target_out_of_range_is_nan_for_its_row(cuda):
     assert loss.isnan().tolist() == [False, True, True, False]
     dx = op.backward(torch.ones(4), x, y, lse, spec, extras)
     assert dx.isnan().all(1).tolist() == [False, True, True, False]
-
-
-@pytest.mark.parametrize("fault", CE_FAULTS)
-def test_cross_entropy_fault_is_caught(cuda, fault):
-    x, y = torch.randn(3, 1001).mul(3), torch.tensor([5, 7, 1000])
-    op = cuda_model.cross_entropy
-    spec, extras = llmfast.spec.CrossEntropySpec(), llmfast.spec.CrossEntropyExtras()
-    loss, lse = op.forward(x, y, spec, extras)
-    dx = op.backward(torch.ones(3), x, y, lse, spec, extras)
-    whole = torch.full((3, 1003), 7.0)
-    cuda_model.schedule(0, fault)
-    broken, _ = op.forward(x, y, spec, extras)
-    cuda_model.library().cross_entropy(x, y, None, None, torch.ones(3), lse, whole[:, :1001], spec, 0)
-    assert not (torch.equal(loss, broken) and torch.equal(dx, whole[:, :1001]) and bool((whole[:, 1001:] == 7).all()))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +117,7 @@ def test_refusals_are_sentences(cuda):
 # ---- sanitizers
 
 
-@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax", "cross_entropy"])
 def test_address_sanitizer(request, what):
     """Random problems, exact heap sizes: no step outside, no undefined behaviour, right results."""
     count = 400 if request.config.getoption("--all") else 12
@@ -146,14 +125,14 @@ def test_address_sanitizer(request, what):
     assert status == 0, output[-3000:]
 
 
-@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax", "cross_entropy"])
 def test_thread_sanitizer(request, what):
     count = 60 if request.config.getoption("--all") else 4
     status, output = cuda_model.fuzz("tsan")(what, 0, count, small=1)
     assert status == 0, output[-3000:]
 
 
-@pytest.mark.parametrize("what", ["attention", "backward", "softmax"])
+@pytest.mark.parametrize("what", ["attention", "backward", "softmax", "cross_entropy"])
 def test_random_problems(request, what):
     count = 600 if request.config.getoption("--all") else 30
     for seed in range(4):
@@ -188,6 +167,9 @@ FAULTS = {
     15: ("softmax", "the running sum is not rescaled", None),
     21: ("softmax", "the backward's sum is of one thread", None),
     22: ("softmax", "the backward writes one column past the end", "asan"),
+    51: ("cross_entropy", "the running sum is not rescaled", None),
+    52: ("cross_entropy", "two reductions share their shared memory", "tsan"),
+    53: ("cross_entropy", "writes one column past the end", "asan"),
 }
 
 
