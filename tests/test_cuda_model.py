@@ -5,12 +5,14 @@ planted fault for each barrier it relies on.
 """
 
 import random
+import re
 import shutil
 
 import cuda_model
 import pytest
 import test_cross_entropy
 import torch
+from cuda_model import conformance
 
 import llmfast
 from llmfast import backends, cases
@@ -112,6 +114,16 @@ def test_refusals_are_sentences(cuda):
     ):
         with pytest.raises(NotImplementedError, match=why):
             llmfast.attention(t, t, t, backend="cuda", **options)
+
+
+def test_every_wrapper_has_a_probe():
+    """What conformance.py compares with a GPU: all of ptx.cuh, and the probes run on the host model."""
+    text = (cuda_model.ROOT / "csrc/cuda/ptx.cuh").read_text()
+    wrappers = set(re.findall(r"__device__ __forceinline__ [\w:]+\*? (\w+)(?:<\w+>)?\(", text))
+    probes = (cuda_model.HERE / "conformance.cu").read_text()
+    assert wrappers >= {"ldmatrix_x4_trans", "mma_m16n8k16", "shuffle_up", "shared_memory", "pack"}
+    assert {name for name in wrappers if not re.search(rf"\b{name}\b", probes)} == set()
+    assert all(len(words) > 100 for _, words in conformance.model().values())
 
 
 # ---- sanitizers
