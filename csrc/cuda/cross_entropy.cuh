@@ -20,7 +20,7 @@ __device__ __forceinline__ float capped(float x, float softcap, float& derivativ
 }
 
 constexpr int kRowThreads = 256;
-constexpr int kCached = 4096;  // columns: 16 KiB of float32, so that the 8 blocks of an SM fit in its cache
+constexpr int kCached = 4096;  // columns: 16 KiB of float32, so that 8 blocks, all an SM can hold, fit in its cache
 
 // Over one row c: its maximum, sum(e^(c - m)), and with smoothing sum(w c) and sum(w).
 struct RowSums {
