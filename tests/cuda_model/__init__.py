@@ -1,6 +1,7 @@
 """Builds the CUDA kernels with g++ against the host model (device.h) and gives them as backend operations.
 
-Nothing here is installed, and dispatch never chooses it: a test puts `attention` and `softmax` in place of the cuda backend's.
+Nothing here is installed, and dispatch never chooses it: a test puts `attention`, `softmax` and `cross_entropy` in
+place of the cuda backend's.
 """
 
 import ctypes

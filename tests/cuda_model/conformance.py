@@ -1,6 +1,7 @@
 """python tests/cuda_model/conformance.py: every PTX wrapper on this machine's GPU against the host model, bit for bit.
 
-Needs nvcc, g++ and a GPU; no network, no torch. Prints one line a probe; exit status 1 where the model and the GPU disagree.
+Needs nvcc, g++ and a GPU; no network, no torch. Prints one line a probe; exit status 1 where the model and the
+GPU disagree.
 """
 
 import shutil
@@ -72,7 +73,8 @@ def differences(want, got):
         wrong = [i for i, (a, b) in enumerate(pairs) if a != b and not (how == "close" and _close(a, b))]
         if wrong:
             i = wrong[0]
-            yield f"{name}: {len(wrong)} of {len(words)} words differ, first word {i}: model {words[i]:08x}, GPU {pairs[i][1]:08x}"
+            count = f"{len(wrong)} of {len(words)} words differ"
+            yield f"{name}: {count}, first word {i}: model {words[i]:08x}, GPU {pairs[i][1]:08x}"
 
 
 def _close(a, b):
@@ -92,9 +94,8 @@ def main():
     got = read(done.stdout)
     found = list(differences(want, got))
     for name, (how, words) in want.items():
-        print(
-            f"{name:20s} {how:5s} {len(words):6d} words  {'DIFFERS' if any(f.startswith(name + ':') for f in found) else 'agrees'}"
-        )
+        wrong = any(line.startswith(f"{name}:") for line in found)
+        print(f"{name:20s} {how:5s} {len(words):6d} words  {'DIFFERS' if wrong else 'agrees'}")
     print("\n".join(found) if found else f"all {len(want)} probes agree")
     sys.exit(bool(found))
 

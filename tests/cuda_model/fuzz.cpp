@@ -1,5 +1,5 @@
-// Random problems through the launchers on the host model, against a float64 loop: fuzz attention|backward|softmax
-// FIRST COUNT [SEED [FAULT [SMALL]]]
+// Random problems through the launchers on the host model, against a float64 loop: fuzz
+// attention|backward|softmax|cross_entropy FIRST COUNT [SEED [FAULT [SMALL]]]
 //
 // Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the
 // heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit
@@ -37,6 +37,8 @@ double get(const Tensor& t, int64_t i) {
       return cuda::to_float(reinterpret_cast<cuda::half*>(t.data)[i]);
     case Dtype::kBool:
       return reinterpret_cast<bool*>(t.data)[i];
+    case Dtype::kInt64:
+      return reinterpret_cast<int64_t*>(t.data)[i];
     default:
       return reinterpret_cast<int*>(t.data)[i];
   }
@@ -55,11 +57,16 @@ void set(const Tensor& t, int64_t i, double x) {
     case Dtype::kBool:
       reinterpret_cast<bool*>(t.data)[i] = x > 0;
       break;
+    case Dtype::kInt64:
+      reinterpret_cast<int64_t*>(t.data)[i] = x;
+      break;
     default:
       reinterpret_cast<int*>(t.data)[i] = x;
   }
 }
-int bytes(Dtype d) { return d == Dtype::kBool ? 1 : d == Dtype::kFloat32 || d == Dtype::kInt32 ? 4 : 2; }
+int bytes(Dtype d) {
+  return d == Dtype::kBool ? 1 : d == Dtype::kInt64 ? 8 : d == Dtype::kFloat32 || d == Dtype::kInt32 ? 4 : 2;
+}
 double at(const Tensor& t, int64_t a, int64_t b, int64_t c, int64_t d) {
   return get(t, a * t.stride[0] + b * t.stride[1] + c * t.stride[2] + d * t.stride[3]);
 }
@@ -306,6 +313,75 @@ int softmax(int number, bool small) {
   return 0;
 }
 
+int cross_entropy(int number, bool small) {
+  Heap heap;
+  const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
+  const int lengths[] = {draw(1, 40), 8 * draw(1, 140), draw(200, 300), draw(1025, 3000), draw(4090, 9000)};
+  const int V = lengths[draw(0, small ? 3 : 4)], T = draw(1, V > 1000 ? 3 : 9), pad = maybe(2) ? 8 : 1;
+  cuda::CrossEntropy p{};
+  p.x = heap.make(dtype, {T, V}, [] { return 3 * normal(); }, false, pad);
+  p.ignore_index = maybe(2) ? -100 : draw(0, V - 1);
+  p.target = heap.make(Dtype::kInt64, {T}, [&] { return maybe(4) ? p.ignore_index : maybe(8) ? V : draw(0, V - 1); });
+  p.loss = heap.make(Dtype::kFloat32, {T}, [] { return kNan; });
+  p.lse = heap.make(Dtype::kFloat32, {T}, [] { return kNan; });
+  p.smoothing = maybe(2) ? 0.2 : 0, p.z_loss = maybe(3) ? 0.01 : 0, p.softcap = maybe(3) ? 5 : 0;
+  std::vector<double> w(V, 1.0);
+  double total = V;
+  if (maybe(2)) {
+    p.weight = heap.make(Dtype::kFloat32, {V}, [] { return 0.5 + std::fabs(normal()); });
+    total = 0;
+    for (int j = 0; j < V; j++) total += w[j] = get(p.weight, j);
+    p.weight_sum = heap.make(Dtype::kFloat32, {1}, [=] { return total; });
+  }
+  const Tensor dloss = heap.make(Dtype::kFloat32, {T}, normal);
+  std::vector<double> x;
+  for (int i = 0; i < T; i++)
+    for (int j = 0; j < V; j++) x.push_back(get(p.x, i * p.x.stride[0] + j * p.x.stride[1]));
+  const char* error = cuda::cross_entropy(p, nullptr);
+  cuda::CrossEntropy b = p;
+  b.loss = dloss, b.dx = maybe(3) ? p.x : heap.make(dtype, {T, V}, [] { return kNan; }, false, pad);
+  if (!error) error = cuda::cross_entropy(b, nullptr);
+  if (error) {
+    std::printf("cross entropy %d: %s\n", number, error);
+    return 1;
+  }
+  const double eps = dtype == Dtype::kFloat32 ? 0x1p-20 : dtype == Dtype::kBFloat16 ? 0x1p-7 : 0x1p-10;
+  for (int i = 0; i < T; i++) {
+    const int64_t y = get(p.target, i);
+    double *c = &x[i * V], m = -kInfinity, l = 0, smooth = 0;
+    std::vector<double> derivative(V, 1.0);
+    for (int j = 0; j < V; j++) {
+      if (p.softcap) {
+        const double t = std::tanh(c[j] / p.softcap);
+        c[j] = p.softcap * t, derivative[j] = 1 - t * t;
+      }
+      m = std::fmax(m, c[j]), smooth += w[j] * c[j];
+    }
+    for (int j = 0; j < V; j++) l += std::exp(c[j] - m);
+    const double lse = m + std::log(l), hit = y == V ? kNan : (1 - p.smoothing) * w[y < 0 ? 0 : y];
+    double loss =
+        hit * (lse - (y < 0 || y == V ? 0 : c[y])) + p.smoothing / V * (total * lse - smooth) + p.z_loss * lse * lse;
+    if (y == p.ignore_index) loss = 0;
+    const double got = get(p.loss, i);  // of sums of about 10
+    if (y == V ? !std::isnan(got) : wrong(got, loss, 4e-6 * (10 + std::fabs(loss)))) {
+      std::printf("cross entropy %d: loss of row %d of %d, %d columns, is %g, not %g\n", number, i, T, V, got, loss);
+      return 1;
+    }
+    for (int j = 0; j < V; j++) {
+      const double weight = std::exp(c[j] - lse), one = j == y,
+                   d = hit * (weight - one) + p.smoothing / V * (total * weight - w[j]) + 2 * p.z_loss * lse * weight;
+      const double want = y == p.ignore_index ? 0 : d * derivative[j] * get(dloss, i);
+      const double dx = get(b.dx, i * b.dx.stride[0] + j * b.dx.stride[1]);
+      const double allowed = eps * std::fabs(get(dloss, i)) * (std::fabs(d) * derivative[j] + weight + one) + 1e-7;
+      if (y == V ? !std::isnan(dx) : wrong(dx, want, allowed)) {
+        std::printf("cross entropy %d: dx of row %d, column %d of %d is %g, not %g\n", number, i, j, V, dx, want);
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -316,7 +392,7 @@ int main(int count, char** arguments) {
   int bad = 0;
   for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1); i++) {
     rng.seed(i + 1);
-    bad += what == 's' ? softmax(i, small) : attention(i, small, what == 'b');
+    bad += what == 's' ? softmax(i, small) : what == 'c' ? cross_entropy(i, small) : attention(i, small, what == 'b');
   }
   std::printf("%d wrong of %d\n", bad, argument(3, 1));
   return bad > 0;
