@@ -144,9 +144,10 @@ def collect(model, prompts, **options):
     return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
-def test_batch_gives_the_same_text(options):
-    model, prompts = tiny(), [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2]]
+def test_batch_gives_the_same_text(options, dtype):
+    model, prompts = tiny().to(dtype), [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2]]
     together = collect(model, prompts, max_new_tokens=20, **options)
     assert together == [collect(model, [p], max_new_tokens=20, **options)[0] for p in prompts]
     assert len({t for row in together for t in row}) > 5
