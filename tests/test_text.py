@@ -115,6 +115,27 @@ def test_an_interrupted_run_is_usable_and_goes_on(tmp_path):
     assert little_run(tmp_path) == little_run(tmp_path / "whole")
 
 
+def test_the_model_kept_is_the_best_on_the_validation_texts(tmp_path):
+    """Random texts: what is learned of 10 of them by heart makes 10 others ever less likely, and training ends."""
+
+    def random_run(folder, die=-1):
+        torch.manual_seed(0)
+        model = Transformer(Config(50, dim=32, layers=1, heads=2, max_length=16))
+        pieces = [torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(20)]
+        s = training.Settings(steps=200, batch_tokens=64, lr=1e-2, warmup=3, save_every=5, check_every=4, patience=3)
+        report = lambda step, loss: step == die and signal.raise_signal(signal.SIGINT)
+        losses = training.train_lm(model, pieces[:10], s, folder, None, True, report, pieces[10:])
+        return losses, training.surprisal(model, pieces[10:]).mean().item()
+
+    losses, final = random_run(tmp_path / "whole")
+    best = torch.load(tmp_path / "whole" / "training.pt")["best"]
+    assert len(losses) == best["step"] + 12 < 200
+    assert abs(final - best["loss"]) <= 1e-5
+    assert training.surprisal(from_pretrained(tmp_path / "whole"), [[1, 2, 3]]).isfinite().all()
+    random_run(tmp_path / "a", die=6)
+    assert random_run(tmp_path / "a") == (losses, final)
+
+
 def collect(model, prompts, **options):
     out = [[] for _ in prompts]
     for tokens in generation.generate(model, prompts, **options):
@@ -123,9 +144,10 @@ def collect(model, prompts, **options):
     return out
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.8, top_k=20, top_p=0.9, seed=3)], ids=["greedy", "sampled"])
-def test_batch_gives_the_same_text(options):
-    model, prompts = tiny(), [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2]]
+def test_batch_gives_the_same_text(options, dtype):
+    model, prompts = tiny().to(dtype), [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2]]
     together = collect(model, prompts, max_new_tokens=20, **options)
     assert together == [collect(model, [p], max_new_tokens=20, **options)[0] for p in prompts]
     assert len({t for row in together for t in row}) > 5

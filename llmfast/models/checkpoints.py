@@ -299,7 +299,7 @@ def _rows(ours, c, total, parts):
 
 def family(c: Config) -> str:
     """The model_type that can hold a Config; llmfast where only this library can build it."""
-    if c.classes or c.kind == "encoder-decoder" or c.position == "sinusoidal":
+    if c.kind == "encoder-decoder" or c.position == "sinusoidal":
         return "llmfast"
     biased = c.qkv_bias and c.out_bias and c.mlp_bias and c.norm == "layer" and c.position == "learned"
     plain = c.kv_heads == c.heads and c.head_dim * c.heads == c.dim and not c.windows and not c.qk_norm

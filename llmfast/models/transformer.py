@@ -50,7 +50,6 @@ class Config:
     tied: bool = True
     token_types: int = 0
     mlm_head: bool = False  # BERT's: a dense layer and a norm before the words
-    classes: int = 0
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -84,7 +83,7 @@ class Linear(nn.Linear):
     """x weight^T + bias, the one place where the models multiply by a matrix."""
 
     def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+        return llmfast.linear(x, self.weight, self.bias)
 
 
 class Where(NamedTuple):
@@ -304,7 +303,6 @@ class Transformer(nn.Module):
         self.decoder = Stack(c, causal=True, cross=c.kind != "decoder") if c.kind != "encoder" else None
         self.transform = nn.Sequential(Linear(c.dim, c.dim), nn.GELU(), norm(c)) if c.mlm_head else None
         self.head = Linear(c.dim, c.vocab_size, bias=c.mlm_head)
-        self.classifier = Linear(c.dim, c.classes) if c.classes else None
         self.tie()
         if self.embed.weight.device.type != "meta":
             self.apply(self._start)

@@ -79,6 +79,8 @@ def train(a) -> None:
     if not a.resume and (out / "config.json").exists() and not (out / "training.pt").exists():
         raise ValueError(f"{out}: holds a model that train didn't make; give another --out")
     tokenizer = corpus.train_tokenizer(texts, a.vocab_size)
+    texts, validation = corpus.split(texts, 0.05, "validation") if a.patience else (texts, [])
+    validation = corpus.sequences(validation, tokenizer, a.max_length)
     s = training.Settings(**{name: getattr(a, name) for name in vars(training.Settings())})
     torch.manual_seed(s.seed)
     shape = dict(dim=a.dim, layers=a.layers, heads=a.heads, max_length=a.max_length, dropout=a.dropout)
@@ -90,9 +92,9 @@ def train(a) -> None:
     with Progress() as bar:
         line = bar.add_task("training", total=s.steps)
         report = lambda step, loss: bar.update(line, completed=step + 1, description=f"loss {loss:.3f}")
-        losses = training.train_lm(model, pieces, s, out, tokenizer, a.resume, report)
+        losses = training.train_lm(model, pieces, s, out, tokenizer, a.resume, report, validation)
     if len(losses) < s.steps:
-        print(f"stopped after {len(losses)} of {s.steps} steps; the same command with --resume goes on")
+        print(f"{len(losses)} of {s.steps} steps: ended by --patience, or by Ctrl-C (--resume goes on)")
     perplexity = training.surprisal(model, corpus.sequences(held_out, tokenizer, a.max_length)).mean().exp()
     print(f"perplexity {perplexity:.1f} on {len(held_out)} held-out texts; {out} holds the model")
 

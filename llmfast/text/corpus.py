@@ -73,11 +73,11 @@ def distinct(texts: list[str], near: float = 0.9) -> list[str]:
     return kept
 
 
-def split(texts: list[str], held_out: float = 0.1) -> tuple[list[str], list[str]]:
-    """(training, held out): a text's side depends on the text alone, whatever file or order it comes in."""
+def split(texts: list[str], held_out: float = 0.1, name: str = "") -> tuple[list[str], list[str]]:
+    """(training, held out): a text's side depends on it and on name alone, whatever file or order it comes in."""
     sides = ([], [])
     for text in texts:
-        sides[zlib.crc32(text.encode()) % 1000 < held_out * 1000].append(text)
+        sides[zlib.crc32((text + name).encode()) % 1000 < held_out * 1000].append(text)
     if not all(sides):
         raise ValueError(f"{len(texts)} texts are too few to hold {held_out:.0%} out")
     return sides

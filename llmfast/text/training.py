@@ -23,6 +23,8 @@ class Settings:
     bf16: bool = False
     seed: int = 0
     save_every: int = 100
+    check_every: int = 25
+    patience: int = 8
 
 
 def rate(s: Settings, step: int) -> float:
@@ -43,8 +45,13 @@ def optimizer(model, s: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
 
 
-def train_lm(model, pieces, s: Settings, folder, tokenizer=None, resume=False, report=lambda step, loss: None):
+def train_lm(
+    model, pieces, s: Settings, folder, tokenizer=None, resume=False, report=lambda step, loss: None, validation=None
+):  # fmt: skip
     """Trains model on token sequences, saving to folder; returns the losses of all steps.
+
+    With validation sequences, their loss is taken every check_every steps; the model becomes the best one seen, and
+    training ends when patience checks in a row were no better.
 
     The state after a step (weights, moments, random numbers, losses) is one file that appears whole. A run that was
     killed and is resumed has the losses it would have had. Ctrl-C saves and returns.
@@ -52,14 +59,17 @@ def train_lm(model, pieces, s: Settings, folder, tokenizer=None, resume=False, r
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     opt, losses, state = optimizer(model, s), [], folder / "training.pt"
+    best = dict(loss=math.inf, step=0, model={})
     torch.manual_seed(s.seed)
     if resume:
-        losses = restore(model, opt, s, state)
+        losses = restore(model, opt, s, state, best)
     per_epoch = None
     epoch, start = 0, 0
     model.train()
     try:
         for step in range(s.steps):
+            if validation and len(losses) - best["step"] >= s.patience * s.check_every:
+                break
             while per_epoch is None or step - start >= len(per_epoch):
                 start, epoch = (0, 0) if per_epoch is None else (start + len(per_epoch), epoch + 1)
                 per_epoch = corpus.batches(pieces, s.batch_tokens, epoch, s.seed)
@@ -75,24 +85,37 @@ def train_lm(model, pieces, s: Settings, folder, tokenizer=None, resume=False, r
             opt.step()
             opt.zero_grad()
             losses.append(loss.item())
+            if validation and (step + 1) % s.check_every == 0:
+                check(model, validation, s, step + 1, best)
             report(step, losses[-1])
             if (step + 1) % s.save_every == 0 and step + 1 < s.steps:
-                keep(model, opt, s, losses, state)
+                keep(model, opt, s, losses, state, best)
     except KeyboardInterrupt:
         opt.zero_grad()
-    keep(model, opt, s, losses, state)
+    keep(model, opt, s, losses, state, best)
+    if best["model"]:
+        model.load_state_dict(best["model"])
     model.eval()
     finish(model, folder, tokenizer, losses)
     return losses
 
 
-def keep(model, opt, s, losses, path: Path) -> None:
+def check(model, validation, s, step, best) -> None:
+    """Makes best the model where its loss on validation is the smallest so far."""
+    model.eval()
+    loss = surprisal(model, validation, s.batch_tokens).mean().item()
+    model.train()
+    if loss < best["loss"]:
+        best.update(loss=loss, step=step, model={k: v.clone() for k, v in model.state_dict().items()})
+
+
+def keep(model, opt, s, losses, path: Path, best) -> None:
     everything = dict(model=model.state_dict(), opt=opt.state_dict(), losses=losses, random=torch.get_rng_state())
-    torch.save(everything | {"settings": asdict(s)}, f"{path}.new")
+    torch.save(everything | {"best": best} | {"settings": asdict(s)}, f"{path}.new")
     os.replace(f"{path}.new", path)
 
 
-def restore(model, opt, s, path: Path) -> list[float]:
+def restore(model, opt, s, path: Path, best) -> list[float]:
     if not path.is_file():
         return []
     try:
@@ -102,6 +125,7 @@ def restore(model, opt, s, path: Path) -> list[float]:
             raise ValueError(f"{path}: was made with other settings ({found['settings']}); use them, or another folder")
         model.load_state_dict(found["model"])
         opt.load_state_dict(found["opt"])
+        best.update(found["best"])
     except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path}: can't be resumed ({str(problem).splitlines()[0]})") from None
     torch.set_rng_state(found["random"])
