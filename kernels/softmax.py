@@ -1,9 +1,9 @@
 """softmax and log_softmax over the last dimension of x (L0, L1, M, N), any strides.
 
-s = scale * x + bias, hidden entries -inf; y = exp(s - max) / sum or s - max - log(sum). One program computes BLOCK_M rows: in one
-block of columns when N fits (reads MN, writes MN), otherwise block by block with a running maximum and sum (reads 2MN, writes MN).
-Backward: ds = y (dy - sum(y dy)), or dy - exp(y) sum(dy) for log; dx = scale * ds; dbias sums ds over bias's broadcast dimensions.
-bias and mask carry stride 0 where they are broadcast. All arithmetic is float32.
+s = scale * x + bias, hidden entries -inf; y = exp(s - max) / sum or s - max - log(sum). One program computes BLOCK_M
+rows: in one block of columns when N fits (reads MN, writes MN), otherwise block by block with a running maximum and sum
+(reads 2MN, writes MN). Backward: ds = y (dy - sum(y dy)), or dy - exp(y) sum(dy) for log; dx = scale * ds; dbias sums
+ds over bias's broadcast dimensions. bias and mask carry stride 0 where they are broadcast. All arithmetic is float32.
 """
 
 import torch
@@ -101,7 +101,7 @@ def _scores(x, extras, sx, smask, sbias, l0, l1, rows, cols, M, N, scale, offset
 
 @triton.jit
 def row_sum(e):
-    """Sums of rows, of 32 columns in float32 and of those in float64: a sum wrong in its last bit shifts the whole row."""
+    """Sums of rows: of 32 columns in float32, of those in float64; a sum wrong in its last bit shifts the whole row."""
     if e.shape[1] > 32:
         e = tl.sum(tl.reshape(e, [e.shape[0], e.shape[1] // 32, 32]), 2).to(tl.float64)
     return tl.sum(e, 1).to(tl.float32)

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for each GPU, without one: it fits shared memory, uses the tensor cores and hardly spills."""
+"""Every Triton kernel compiled for each GPU, without one: fits shared memory, uses tensor cores, hardly spills."""
 
 import json
 import os
