@@ -35,7 +35,7 @@ TILES = {
     "sm_90": {
         64: ((128, 128, 8, 2), (64, 128, 8, 2), (128, 128, 8, 2)),  # two warp groups of 64 rows
         128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),  # fwd 128 x 128 spills 112 B
-        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),  # 64 keys in dkdv spill 728 B: no warp-group MMA
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (128, 16, 8, 2)),  # 64 keys in dkdv spill 728 B, dq 64 x 32 32 B
     },
     "sm_100": {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
@@ -104,6 +104,8 @@ def forward(q, k, v, o, lse, spec, extras):
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv = q.shape[3], v.shape[3]
     block_m, block_n, num_warps, num_stages = tile("fwd", max(D, Dv), q.dtype)
+    if extras.packed and max(D, Dv) > 128:
+        block_n = min(block_n, 32)  # where a sequence starts and ends takes registers: 64 x 64 spills 32 B on sm_90
     tiles = triton.cdiv(Nq, block_m) + (B if extras.packed else 0)
     heads, chunks = H if extras.packed else B * H, max(1, triton.cdiv(Dv, 256))
     if Nq * heads * B == 0:
