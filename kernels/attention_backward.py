@@ -207,7 +207,7 @@ def attention_bwd_dbias(
                 q_tile = load_tile(q_head, sq[2], m0, Nq, BLOCK_M, D, BLOCK_D, True)
                 do_tile = load_tile(do_head, sdo[2], m0, Nq, BLOCK_M, Dv, BLOCK_DV, True)
                 m1 = tl.minimum(m0 + BLOCK_M, Nq) - 1
-                first, _, _, last = band_tiles(m0, m1, Nk - Nq, left, right, Nk, BLOCK_N)
+                first, _whole, _whole_end, last = band_tiles(m0, m1, Nk - Nq, left, right, Nk, BLOCK_N)
                 for n in range(tl.maximum(n_first, first), tl.minimum(n_end, last)):
                     n0 = n * BLOCK_N
                     k_tile = load_tile(k_head, sk[2], n0, Nk, BLOCK_N, D, BLOCK_D, True)
@@ -217,7 +217,7 @@ def attention_bwd_dbias(
                     dp = dot_over_d(do_tile, do_head, sdo[2], m0, Nq, BLOCK_M, v_tile, v_head, sv[2], n0, Nk, BLOCK_N,
                                     Dv, BLOCK_DV, PRECISION)
                     cols = n0 + tl.arange(0, BLOCK_N)
-                    p, _, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
+                    p, _dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
                         extras, smask, sbias, sslope, b, b, h, Nq, Nk, scale, left, right, softcap, SOFTCAP, True)
                     if DROPOUT:
                         dp = tl.where(keep(extras, threshold, b, h, m0, n0, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
