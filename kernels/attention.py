@@ -1,9 +1,9 @@
-"""Attention forward with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao, FlashAttention-2, arXiv 2307.08691).
+"""Attention forward with an online softmax (Milakov and Gimelshein, arXiv 1805.02867; Dao, arXiv 2307.08691).
 
-q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv), o (B, H, Nq, Dv), lse (B, H, Nq) float32, natural log; packed sequences are
-(1, H, T, D). One program computes BLOCK_M rows of o for one (batch, head), for at most 256 columns of Dv, streaming k and v in
-blocks of BLOCK_N. Key tiles outside the band are never visited and only the tiles on its edges and at the end of k are masked.
-exp is exp2, one instruction, with LOG2E folded into its argument.
+q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv), o (B, H, Nq, Dv), lse (B, H, Nq) float32, natural log; packed
+sequences are (1, H, T, D). One program computes BLOCK_M rows of o for one (batch, head), for at most 256 columns of Dv,
+streaming k and v in blocks of BLOCK_N. Key tiles outside the band are never visited and only the tiles on its edges and
+at the end of k are masked. exp is exp2, one instruction, with LOG2E folded into its argument.
 """
 
 import os
@@ -24,22 +24,22 @@ def target() -> str:
     return f"sm_{found.arch}" if found.backend == "cuda" else found.arch
 
 
-# By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv and dq. Chosen by compiling for each
-# GPU (llmfast inspect): the largest tiles that keep registers (255 a thread) and shared memory within bounds.
+# By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv and dq. Chosen by compiling
+# for each GPU (llmfast inspect): the largest tiles that keep registers (255 a thread) and shared memory within bounds.
 TILES = {
     "sm_80": {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 64 x 64 in dkdv spills 216 B
-        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),  # 64 KiB in fwd: two blocks share an SM; dq 128 x 64 spills
+        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),  # 64 KiB in fwd: two blocks an SM; dq 128 x 64 spills
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),  # dk and dv alone take 64 registers a thread
     },
     "sm_90": {
         64: ((128, 128, 8, 2), (64, 128, 8, 2), (128, 128, 8, 2)),  # two warp groups of 64 rows
         128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),  # fwd 128 x 128 spills 112 B
-        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),  # 64 keys in dkdv spill 728 B, so it has no warp-group MMA
+        256: ((64, 64, 8, 2), (64, 32, 8, 2), (128, 16, 8, 2)),  # 64 keys in dkdv spill 728 B, dq 64 x 32 32 B
     },
     "sm_100": {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),
+        128: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 4, 2)),  # two stages in dkdv spill 288 B with Triton 3.6
         256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
     "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
@@ -49,7 +49,7 @@ TILES = {
     },
     "float32": {  # multiply-adds instead of tensor cores: operands and results all in registers
         64: ((32, 32, 4, 2),) * 3,
-        128: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 2)),  # dq in one stage keeps more: 255 registers, 88 B spilled
+        128: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 2)),  # dq in one stage keeps more: 88 B spilled
         256: ((16, 16, 8, 1),) * 3,
     },
     "interpreter": {256: ((64, 64, 4, 1),) * 3},  # its time goes by the number of tiles
@@ -79,16 +79,18 @@ def options(spec, q, k):
 
 
 def numbers(spec):
-    """scale, left, right, softcap, and the dropout threshold and factor; the threshold is moved so that it fits an int32."""
+    """scale, left, right, softcap, and the dropout threshold and factor; the threshold is moved to fit an int32."""
     p = spec.dropout_p
-    return spec.scale, spec.left, spec.right, spec.softcap, min(int(p * 2**32), 2**32 - 1) - 2**31, 1 / (1 - p) if p < 1 else 0.0
+    threshold = min(int(p * 2**32), 2**32 - 1) - 2**31
+    return spec.scale, spec.left, spec.right, spec.softcap, threshold, 1 / (1 - p) if p < 1 else 0.0
 
 
 def strides(extras, shape):
     """Strides of mask and bias broadcast to (B, H, Nq, Nk), 0 where broadcast, and of the slopes (B, H)."""
     wide = lambda t: None if t is None else t.expand(shape).stride()
     slopes = extras.alibi_slopes
-    return wide(extras.mask), wide(extras.bias), None if slopes is None else slopes.stride()[0] if slopes.dim() == 2 else 0
+    slope = None if slopes is None else slopes.stride()[0] if slopes.dim() == 2 else 0
+    return wide(extras.mask), wide(extras.bias), slope
 
 
 def sizes(q, k, extras):
@@ -102,6 +104,8 @@ def forward(q, k, v, o, lse, spec, extras):
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv = q.shape[3], v.shape[3]
     block_m, block_n, num_warps, num_stages = tile("fwd", max(D, Dv), q.dtype)
+    if extras.packed and max(D, Dv) > 128:
+        block_n = min(block_n, 32)  # where a sequence starts and ends takes registers: 64 x 64 spills 32 B on sm_90
     tiles = triton.cdiv(Nq, block_m) + (B if extras.packed else 0)
     heads, chunks = H if extras.packed else B * H, max(1, triton.cdiv(Dv, 256))
     if Nq * heads * B == 0:
@@ -182,7 +186,7 @@ def attention_fwd(
 
 @triton.jit
 def locate(extras, cu_seqlens, total, BLOCK: tl.constexpr, pid, tiles, B, H, Nq, Nk):
-    """What program pid works on: batch, head, sequence, its tile in it; where the sequence starts in q and k, and its lengths.
+    """What program pid works on: batch, head, sequence, its tile in it; its start in q and k, its lengths.
 
     In a packed batch sequence s owns the tiles from cu_seqlens[s] // BLOCK + s on, which leaves each enough of them.
     """
@@ -210,8 +214,10 @@ def bounds(cu_seqlens, total):
 
 @triton.jit
 def band_tiles(x0, x1, offset, left, right, N, BLOCK: tl.constexpr):
-    """Tiles of y that rows x0..x1 see when -left <= y - x - offset <= right: first, whole, whole_end, last; the whole ones
-    lie inside the band for every row and need no mask."""
+    """Tiles of y that rows x0..x1 see when -left <= y - x - offset <= right: first, whole, whole_end, last.
+
+    The whole ones lie inside the band for every row and need no mask.
+    """
     first = tl.maximum(x0 + offset - left, 0) // BLOCK
     last = tl.maximum(tl.cdiv(tl.minimum(tl.maximum(x1 + offset + right + 1, 0), N), BLOCK), first)
     whole = tl.cdiv(tl.maximum(x1 + offset - left, 0), BLOCK)
@@ -288,7 +294,7 @@ def scores(
 
 @triton.jit
 def tanh(x):
-    """tanh(x) and its derivative; near 0 by a polynomial fitted on [0, 0.625] to 2e-10, where 1 - u would lose digits."""
+    """tanh(x) and its derivative; near 0, where 1 - u would lose digits, a polynomial fitted on [0, 0.625] to 2e-10."""
     u = 2 / (tl.exp2(tl.abs(x) * (2 * LOG2E)) + 1)
     y = x * x
     small = 0.021700493 + y * (-0.008177074 + y * 0.002142785)
@@ -298,7 +304,7 @@ def tanh(x):
 
 @triton.jit
 def keep(extras, threshold, seq, h, m0, n0, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which of (BLOCK_M, BLOCK_N) survive dropout: Philox word column % 4 of counter (column // 4, row, head, sequence)."""
+    """Which of (BLOCK_M, BLOCK_N) survive dropout: Philox word column % 4 at (column // 4, row, head, sequence)."""
     zero = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.int32)
     column, row = n0 // 4 + tl.arange(0, BLOCK_N // 4)[None, :] + zero, m0 + tl.arange(0, BLOCK_M)[:, None] + zero
     w0, w1, w2, w3 = tl.philox(tl.load(extras.seed), column, row, h.to(tl.int32) + zero, tl.cast(seq, tl.int32) + zero)

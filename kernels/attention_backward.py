@@ -1,9 +1,9 @@
-"""Attention backward (Dao, FlashAttention-2, arXiv 2307.08691), with no atomics: every sum has a fixed order, so runs agree bitwise.
+"""Attention backward (Dao, arXiv 2307.08691), with no atomics: every sum has a fixed order, so runs agree bitwise.
 
-p = exp(s - lse), dp = do v^T, ds = p (dp - delta), dv = p^T do, dk = scale ds^T q, dq = scale ds k, with dropout on p and dp where
-they meet do and v. One kernel owns a tile of keys and walks over the group's heads and the queries that see it (dk, dv), one
-owns a tile of queries and walks over its keys (dq): two of seven products are computed twice, and nothing is written twice.
-Layouts as in attention.py; delta (B, H, Nq) = rowsum(o * do) - dlse.
+p = exp(s - lse), dp = do v^T, ds = p (dp - delta), dv = p^T do, dk = scale ds^T q, dq = scale ds k, with dropout on p
+and dp where they meet do and v. One kernel owns a tile of keys and walks over the group's heads and the queries that
+see it (dk, dv), one owns a tile of queries and walks over its keys (dq): two of seven products are computed twice, and
+nothing is written twice. Layouts as in attention.py; delta (B, H, Nq) = rowsum(o * do) - dlse.
 """
 
 import triton
@@ -28,12 +28,13 @@ from .attention import (
 
 
 def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
-    """Fills the gradients given; dbias and dsinks may be None. Packed: rows that no sequence covers are left as they are."""
+    """Fills the gradients given; dbias and dsinks may be None. Packed: rows of no sequence stay as they are."""
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv, Hk = q.shape[3], v.shape[3], k.shape[1]
     shape = dict(D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), **options(spec, q, k))
     chunks = max(triton.cdiv(D, 256), triton.cdiv(Dv, 256), 1)
-    common = (extras, *(t.stride()[:3] for t in (do, q, k, v, dq, dk, dv)), *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk)
+    rows = (t.stride()[:3] for t in (do, q, k, v, dq, dk, dv))
+    common = (extras, *rows, *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk)
     batch, more = (1, B) if extras.packed else (B, 0)
     if B * H * Nk > 0:
         block_m, block_n, num_warps, num_stages = tile("dkdv", max(D, Dv), q.dtype)
@@ -72,7 +73,8 @@ def attention_bwd_dkdv(
 ):
     CHUNKS: tl.constexpr = max((D + BLOCK_D - 1) // BLOCK_D, (Dv + BLOCK_DV - 1) // BLOCK_DV)
     chunk, pid = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
-    b, hk, seq, tile, q0, k0, nq, nk = locate(extras, extras.cu_seqlens_k, Nk, BLOCK_N, pid, tiles, B, H // GROUP, Nq, Nk)
+    b, hk, seq, tile, q0, k0, nq, nk = locate(
+        extras, extras.cu_seqlens_k, Nk, BLOCK_N, pid, tiles, B, H // GROUP, Nq, Nk)
     n0 = tile * BLOCK_N
     if n0 >= nk:
         return
@@ -96,11 +98,14 @@ def attention_bwd_dkdv(
                     m0 += tl.where(t < whole, 0, whole_end - whole) * BLOCK_M
                 q_tile = load_tile(q_head + d0, sq[2], m0, nq, BLOCK_M, D - d0, BLOCK_D, EDGE)
                 do_tile = load_tile(do_head + dv0, sdo[2], m0, nq, BLOCK_M, Dv - dv0, BLOCK_DV, EDGE)
-                s = dot_over_d(k_tile, k, sk[2], n0, nk, BLOCK_N, q_tile, q_head, sq[2], m0, nq, BLOCK_M, D, BLOCK_D, PRECISION)
-                dp = dot_over_d(v_tile, v, sv[2], n0, nk, BLOCK_N, do_tile, do_head, sdo[2], m0, nq, BLOCK_M, Dv, BLOCK_DV, PRECISION)
+                s = dot_over_d(k_tile, k, sk[2], n0, nk, BLOCK_N, q_tile, q_head, sq[2], m0, nq, BLOCK_M,
+                               D, BLOCK_D, PRECISION)
+                dp = dot_over_d(v_tile, v, sv[2], n0, nk, BLOCK_N, do_tile, do_head, sdo[2], m0, nq, BLOCK_M,
+                                Dv, BLOCK_DV, PRECISION)
                 rows, cols = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
                 p, dcap, delta_row = probabilities(s, rows[None, :], cols[:, None], rows, lse + at, delta + at, 0,
-                    extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, EDGE)  # (N, M)
+                    extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap,
+                    SOFTCAP, EDGE)  # (BLOCK_N, BLOCK_M)
                 dropped = p
                 if DROPOUT:
                     kept = tl.trans(keep(extras, threshold, seq, h, m0, n0, BLOCK_M, BLOCK_N))
@@ -146,7 +151,8 @@ def attention_bwd_dq(
             k_tile = load_tile(k + d0, sk[2], n0, nk, BLOCK_N, D - d0, BLOCK_D, EDGE)
             v_tile = load_tile(v, sv[2], n0, nk, BLOCK_N, Dv, BLOCK_DV, EDGE)
             s = dot_over_d(q_tile, q, sq[2], m0, nq, BLOCK_M, k_tile, k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, PRECISION)
-            dp = dot_over_d(do_tile, do, sdo[2], m0, nq, BLOCK_M, v_tile, v, sv[2], n0, nk, BLOCK_N, Dv, BLOCK_DV, PRECISION)
+            dp = dot_over_d(do_tile, do, sdo[2], m0, nq, BLOCK_M, v_tile, v, sv[2], n0, nk, BLOCK_N,
+                            Dv, BLOCK_DV, PRECISION)
             cols = n0 + tl.arange(0, BLOCK_N)
             p, dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
                 extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, EDGE)  # (M, N)
@@ -163,7 +169,8 @@ def probabilities(
     scale, left, right, softcap, SOFTCAP: tl.constexpr, EDGE: tl.constexpr,
 ):
     """p = exp(scores - lse), the derivative of softcap, and delta shaped to broadcast along keys (AXIS) of s."""
-    s, dcap = scores(s, i, j, extras, smask, sbias, sslope, b, seq, h, nq, nk, scale, left, right, softcap, SOFTCAP, False, EDGE)
+    s, dcap = scores(s, i, j, extras, smask, sbias, sslope, b, seq, h, nq, nk,
+                     scale, left, right, softcap, SOFTCAP, False, EDGE)
     lse = tl.load(lse + rows, mask=rows < nq, other=0.0)
     lse = tl.expand_dims(tl.where(lse == float("-inf"), 0.0, lse), AXIS)  # a row that sees no key
     delta = tl.expand_dims(tl.load(delta + rows, mask=rows < nq, other=0.0), AXIS)
@@ -199,15 +206,18 @@ def attention_bwd_dbias(
                 rows = m0 + tl.arange(0, BLOCK_M)
                 q_tile = load_tile(q_head, sq[2], m0, Nq, BLOCK_M, D, BLOCK_D, True)
                 do_tile = load_tile(do_head, sdo[2], m0, Nq, BLOCK_M, Dv, BLOCK_DV, True)
-                first, whole, whole_end, last = band_tiles(m0, tl.minimum(m0 + BLOCK_M, Nq) - 1, Nk - Nq, left, right, Nk, BLOCK_N)
+                m1 = tl.minimum(m0 + BLOCK_M, Nq) - 1
+                first, _whole, _whole_end, last = band_tiles(m0, m1, Nk - Nq, left, right, Nk, BLOCK_N)
                 for n in range(tl.maximum(n_first, first), tl.minimum(n_end, last)):
                     n0 = n * BLOCK_N
                     k_tile = load_tile(k_head, sk[2], n0, Nk, BLOCK_N, D, BLOCK_D, True)
                     v_tile = load_tile(v_head, sv[2], n0, Nk, BLOCK_N, Dv, BLOCK_DV, True)
-                    s = dot_over_d(q_tile, q_head, sq[2], m0, Nq, BLOCK_M, k_tile, k_head, sk[2], n0, Nk, BLOCK_N, D, BLOCK_D, PRECISION)
-                    dp = dot_over_d(do_tile, do_head, sdo[2], m0, Nq, BLOCK_M, v_tile, v_head, sv[2], n0, Nk, BLOCK_N, Dv, BLOCK_DV, PRECISION)
+                    s = dot_over_d(q_tile, q_head, sq[2], m0, Nq, BLOCK_M, k_tile, k_head, sk[2], n0, Nk, BLOCK_N,
+                                   D, BLOCK_D, PRECISION)
+                    dp = dot_over_d(do_tile, do_head, sdo[2], m0, Nq, BLOCK_M, v_tile, v_head, sv[2], n0, Nk, BLOCK_N,
+                                    Dv, BLOCK_DV, PRECISION)
                     cols = n0 + tl.arange(0, BLOCK_N)
-                    p, dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
+                    p, _dcap, delta_row = probabilities(s, rows[:, None], cols[None, :], rows, lse + at, delta + at, 1,
                         extras, smask, sbias, sslope, b, b, h, Nq, Nk, scale, left, right, softcap, SOFTCAP, True)
                     if DROPOUT:
                         dp = tl.where(keep(extras, threshold, b, h, m0, n0, BLOCK_M, BLOCK_N), dp * keep_scale, 0.0)
@@ -217,7 +227,8 @@ def attention_bwd_dbias(
         acc = tl.broadcast_to(tl.sum(acc, 0)[None, :], [BLOCK_M, BLOCK_N])
     if bshape[3] == 1:
         acc = tl.broadcast_to(tl.sum(acc, 1)[:, None], [BLOCK_M, BLOCK_N])
-    at = dbias + bb.to(tl.int64) * sdbias[0] + bh.to(tl.int64) * sdbias[1] + (rows.to(tl.int64) * sdbias[2] + cols.to(tl.int64) * sdbias[3])
+    at = dbias + bb.to(tl.int64) * sdbias[0] + bh.to(tl.int64) * sdbias[1]
+    at += rows.to(tl.int64) * sdbias[2] + cols.to(tl.int64) * sdbias[3]
     tl.store(at, acc.to(dbias.dtype.element_ty), mask=(rows < bshape[2]) & (cols < bshape[3]))
 
 
@@ -242,11 +253,16 @@ def rowdot(o, do, delta):
     B, H, Nq, Dv = o.shape
     tiles = triton.cdiv(Nq, 64)
     if delta.numel() > 0:
-        attention_rowdot[(tiles * B * H,)](o, do, delta, o.stride()[:3], do.stride()[:3], H, Nq, tiles, Dv=Dv, BLOCK_DV=min(block_d(Dv), 128), BLOCK_M=64)
+        attention_rowdot[(tiles * B * H,)](
+            o, do, delta, o.stride()[:3], do.stride()[:3], H, Nq, tiles,
+            Dv=Dv, BLOCK_DV=min(block_d(Dv), 128), BLOCK_M=64,
+        )
 
 
 @triton.jit(do_not_specialize=["H", "Nq", "tiles"])
-def attention_rowdot(o, do, delta, so, sdo, H, Nq, tiles, Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr):
+def attention_rowdot(
+    o, do, delta, so, sdo, H, Nq, tiles, Dv: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+):
     m0, head = tl.program_id(0) % tiles * BLOCK_M, tl.program_id(0) // tiles
     b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     o += b * so[0] + h * so[1]

@@ -1,9 +1,10 @@
 """Attention of a few queries against a long key-value cache, split over keys.
 
-One program takes BLOCK_M rows of one key head, a row being one query of one of the GROUP heads that share it, and one split of the
-keys; a second kernel merges the splits in key order. Where a split ends is fixed, so the bits of a sequence don't depend on its
-neighbours. The cache is (B, Hk, M, D) or pages (P, Hk, page, D) found through page_table (B, pages); seqlens_k (B,) says how many
-keys count. Reads the visible part of the cache once, writes and reads splits * H * Nq * (Dv + 1) floats.
+One program takes BLOCK_M rows of one key head, a row being one query of one of the GROUP heads that share it, and one
+split of the keys; a second kernel merges the splits in key order. Where a split ends is fixed, so the bits of a
+sequence don't depend on its neighbours. The cache is (B, Hk, M, D) or pages (P, Hk, page, D) found through page_table
+(B, pages); seqlens_k (B,) says how many keys count. Reads the visible part of the cache once, writes and reads
+splits * H * Nq * (Dv + 1) floats.
 """
 
 import torch
@@ -45,7 +46,8 @@ def forward(q, k, v, o, lse, spec, extras):
 def attention_decode(
     q, k, v, parts, logs, extras, sq, sk, sv, smask, sbias, sslope, stable,
     B, H, Nq, M, P, page, tiles, splits, scale, left, right, softcap,
-    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
+    D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):
     split, pid = tl.program_id(0) % splits, tl.program_id(0) // splits

@@ -106,6 +106,7 @@ CASES = {  # B, H, Hk, Nq, Nk, D
                                  alibi="heads"),
     "packed dropout":      _case(2, 2, 2,  80,  80,  32, packed=((0, 33, 80), (0, 33, 80)), dropout_p=0.25),
     "packed with a rest":  _case(2, 2, 2,  80,  80,  32, packed=((0, 20, 60), (0, 20, 60))),
+    "packed head 256":     _case(2, 2, 1,  50,  90, 256, packed=((0, 17, 50), (0, 30, 90)), causal=True),
 }
 # fmt: on
 

@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel for GPUs that need not be there, and reads registers, spills, shared memory and instructions.
+"""Compiles every Triton kernel for GPUs that need not be there: registers, spills, shared memory and instructions.
 
-The launchers of kernels/ run as they are, on CPU tensors, with a Triton driver that compiles for a chosen GPU and launches nothing:
-so what is inspected is what a user's call would compile, specialisation and tile table included. Needs a process of its own
-without TRITON_INTERPRET, since Triton decides between compiling and interpreting once, at import.
+The launchers of kernels/ run as they are, on CPU tensors, with a Triton driver that compiles for a chosen GPU and
+launches nothing: so what is inspected is what a user's call would compile, specialisation and tile table included.
+Needs a process of its own without TRITON_INTERPRET: Triton decides between compiling and interpreting once, at import.
 
 >>> python -m llmfast.inspect_kernels --arch sm_90 --kernel dkdv
 """
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Compiled(NamedTuple):
-    """One kernel for one GPU. spills is the bytes of registers kept in local memory (its loads and stores are LDL and STL)."""
+    """One kernel for one GPU. spills: bytes of registers kept in local memory, loaded and stored by LDL and STL."""
 
     kernel: str
     problem: str
@@ -117,8 +117,8 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         for option in options:
             for D in dims:
                 yield f"{dtype} D={D} {option}", lambda D=D, t=DTYPES[dtype], o=option: attend(D, t, o)
-        mask, bias = torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128)
-        yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=SoftmaxExtras(mask, bias): soften(128, t, e)
+        extras = SoftmaxExtras(torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128))
+        yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=extras: soften(128, t, e)
         for N in (128, 4096, 32768, 100000):
             yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
         for T, V in ((4096, 1000), (4096, 151936), (4, 151936)):
@@ -149,11 +149,9 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
 
 
 class CompileOnly:
-    """A Triton driver for a GPU that isn't there: it collects (name, machine code, metadata) of what would be launched."""
+    """A Triton driver for a GPU that isn't there: collects name, machine code and metadata of what it would launch."""
 
-    devices = (
-        count()
-    )  # of all drivers in the process: Triton keeps what it compiled by device, whatever its architecture
+    devices = count()  # of all drivers in the process: Triton keeps what it compiled by device, not by architecture
 
     def __init__(self, target):
         self.target, self.device, self.launched = target, next(self.devices), []

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for each GPU, without one: it fits shared memory, uses the tensor cores and hardly spills."""
+"""Every Triton kernel compiled for each GPU, without one: fits shared memory, uses tensor cores, hardly spills."""
 
 import json
 import os
@@ -24,28 +24,26 @@ LONG = [
     for t in ("bf16", "fp32")
     for o in ("causal", "decode", "packed", "everything")
 ]
+OLDER = [
+    ("sm_80", 128, "bf16", "packed"),
+    ("sm_90", 64, "bf16", "causal"),
+    ("sm_90", 128, "bf16", "everything"),
+    ("sm_90", 128, "bf16", "decode"),
+    ("sm_90", 256, "bf16", "causal"),
+    ("sm_100", 128, "bf16", "causal"),
+    ("sm_120", 64, "bf16", "causal"),
+]
 # bytes a thread; dk and dv of 128 columns and the scores of two products are live at once
 SPILLS = {"attention_bwd_dkdv": 192, "attention_bwd_dq": 64}
 WITH_OPTIONS = 1024  # all options at once, or float32 at a head dim of 256: right, but not what tiles are chosen for
 
 
-def compiled(arch, D, dtype, option):
+def compiled(arch, D, dtype, option, **variables):
     """In a process of its own: Triton compiles or interprets, decided at import."""
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "llmfast.inspect_kernels",
-        "--json",
-        "--arch",
-        arch,
-        "--dim",
-        str(D),
-    ]
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-W", "ignore", "-m", "llmfast.inspect_kernels", "--json"]
     done = subprocess.run(
-        [*command, "--dtype", dtype, "--option", option],
+        [*command, "--arch", arch, "--dim", str(D), "--dtype", dtype, "--option", option],
         env=environment, capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert done.stdout, done.stderr[-3000:]
@@ -53,12 +51,7 @@ def compiled(arch, D, dtype, option):
     return [Compiled(*fields[:-1], Counter(fields[-1])) for fields in map(json.loads, done.stdout.splitlines())]
 
 
-@pytest.mark.parametrize(
-    ("arch", "D", "dtype", "option"),
-    [pytest.param(*row, marks=[] if row in SHORT else pytest.mark.long) for row in dict.fromkeys([*SHORT, *LONG])],
-)
-def test_compiles_well(arch, D, dtype, option):
-    found = compiled(arch, D, dtype, option)
+def check(found, arch, D, dtype, option):
     assert {c.kernel for c in found} & set(TENSOR_CORE)
     for c in found:
         assert c.faults() == [], str(c)
@@ -66,6 +59,34 @@ def test_compiles_well(arch, D, dtype, option):
         assert c.spills <= (WITH_OPTIONS if hard else SPILLS.get(c.kernel, 16)), str(c)
         if c.kernel in ("attention_fwd", "attention_bwd_dq") and dtype != "fp32" and D <= 128:
             assert c.instructions[MMA[arch]], str(c)
+
+
+@pytest.mark.parametrize(
+    ("arch", "D", "dtype", "option"),
+    [pytest.param(*row, marks=[] if row in SHORT else pytest.mark.long) for row in dict.fromkeys([*SHORT, *LONG])],
+)
+def test_compiles_well(arch, D, dtype, option):
+    check(compiled(arch, D, dtype, option), arch, D, dtype, option)
+
+
+@pytest.fixture(scope="module")
+def triton_36(tmp_path_factory):
+    """A folder that holds Triton 3.6.0, and a numpy of its time."""
+    folder = tmp_path_factory.mktemp("triton_36")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+    done = subprocess.run([*pip, "triton==3.6.0", "numpy==2.3.5"], capture_output=True, text=True)
+    if done.returncode != 0:
+        pytest.skip(f"triton 3.6.0 was not found: {done.stderr.strip().splitlines()[-1]}")
+    return folder
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("arch", "D", "dtype", "option"), OLDER)
+def test_compiles_well_with_triton_36(triton_36, arch, D, dtype, option):
+    asked = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    found = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(triton_36)}, capture_output=True, text=True)
+    assert found.stdout == "3.6.0\n", found.stderr[-3000:]
+    check(compiled(arch, D, dtype, option, PYTHONPATH=str(triton_36)), arch, D, dtype, option)
 
 
 def test_several_architectures_in_one_process():

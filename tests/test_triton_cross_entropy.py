@@ -1,4 +1,4 @@
-"""Triton's cross entropy: targets that are no class, rows that change no bit of each other, many shapes in the long tier."""
+"""Triton's cross entropy: targets that are no class, rows that change no bit of each other, many shapes."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Binds kernels/: Triton, on any GPU it knows; on CPU tensors only in its interpreter (TRITON_INTERPRET=1) and when named."""
+"""Binds kernels/: Triton, on any GPU it knows; CPU tensors only in its interpreter (TRITON_INTERPRET=1), when named."""
 
 import os
 from contextlib import nullcontext
