@@ -386,7 +386,7 @@ def cross_entropy(
 
     >>> loss = llmfast.cross_entropy(logits, target, label_smoothing=0.1)
     """
-    spec, extras = _cross_entropy_problem(
+    spec, extras, every = _cross_entropy_problem(
         logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
     V = logits.shape[0 if logits.dim() == 1 else 1]
@@ -395,6 +395,8 @@ def cross_entropy(
     loss = ops.cross_entropy(rows, y, spec, extras, backend, inplace_backward)
     if reduction == "none":
         return loss.reshape(target.shape)
+    if reduction == "mean" and every and extras.weight is None:
+        return loss.mean()
     return loss.sum() if reduction == "sum" else loss.sum() / _count(y, spec, extras)
 
 
@@ -475,7 +477,7 @@ def linear_cross_entropy(
     logits = (
         rows.new_empty((rows.shape[0], 0)).expand(-1, 0) if V == 0 else rows[:, :1].expand(-1, V)
     )  # a shape to check against
-    spec, extras = _cross_entropy_problem(
+    spec, extras, _ = _cross_entropy_problem(
         logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
     chunk = max(16, 2**23 // max(V, 1)) if chunk is None else chunk
@@ -512,13 +514,17 @@ def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing
             raise ValueError(f"weight: expected ({V},), one for each class, got shape {tuple(weight.shape)}")
         arguments.same_device(weight, "weight", logits, "logits")
         extras = CrossEntropyExtras(weight.detach().to(ops.lse_dtype(logits)))
+    every = False  # whether every row is known to count
     if target.is_cpu and ops.plain(target) and target.numel():
-        low, high = (int(x) for x in torch.aminmax(target.where(target != ignore_index, 0)))
+        low, high = (int(x) for x in torch.aminmax(target))
+        every = low >= 0 and high < V and not low <= ignore_index <= high
+        if low < 0 or high >= V:
+            low, high = (int(x) for x in torch.aminmax(target.where(target != ignore_index, 0)))
         if low < 0 or high >= V:
             raise IndexError(
                 f"target: {low if low < 0 else high} is not one of {V} classes, nor ignore_index {ignore_index}"
             )
-    return CrossEntropySpec(ignore_index, label_smoothing, z_loss, softcap), extras
+    return CrossEntropySpec(ignore_index, label_smoothing, z_loss, softcap), extras, every
 
 
 def _count(target, spec, extras):

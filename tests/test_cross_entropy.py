@@ -180,6 +180,19 @@ def test_bits_do_not_depend_on_threads_or_rows(dtype):
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_logits_far_below_zero(backend):
+    x = torch.randn(3, 70000) - 900
+    x[1, :40000] = float("-inf")
+    y = torch.full((3,), 60000)
+    try:
+        got = llmfast.cross_entropy(x, y, reduction="none", backend=backend)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    want = torch.nn.functional.cross_entropy(x.double(), y, reduction="none")
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("column", [0, 3000, 69999])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_spoils_its_row_only(backend, column):

@@ -66,3 +66,24 @@ def test_out(backend):
         inplace = x.clone()
         llmfast.softmax(inplace, dim, out=inplace, backend=backend)
         assert torch.equal(inplace, want)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_long_rows_far_below_zero(backend, log):
+    x = torch.randn(3, 9001) - 900
+    x[1, :5000] = float("-inf")
+    mask = torch.ones_like(x, dtype=torch.bool)
+    softmax = llmfast.log_softmax if log else llmfast.softmax
+    want = (torch.log_softmax if log else torch.softmax)(x.double(), -1)
+    for options in ({}, {"mask": mask}):
+        run_or_skip(x, options, None, backend)
+        torch.testing.assert_close(softmax(x, **options, backend=backend).double(), want, atol=0, rtol=1e-5)
+
+
+def test_past_the_caches():
+    run_or_skip(torch.zeros(1, 1), {}, None, "cpu")
+    for dtype, cols in ((torch.float32, 4111), (torch.bfloat16, 8209)):
+        x = torch.randn(1021 * cols + 1).to(dtype)[1:].view(1021, cols)  # rows start at any element of a cache line
+        one_by_one = torch.stack([llmfast.softmax(row, backend="cpu") for row in x])
+        assert torch.equal(llmfast.softmax(x, backend="cpu"), one_by_one)

@@ -53,14 +53,14 @@ Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap, compute
       if (cap != 0) store(buffer + e, y);
     });
     const C top = softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
-    if (top > m) l *= exp(static_cast<double>(softmax_rows::finite(m)) - top), m = top;
+    if (top > m) l *= exp(static_cast<double>(m) - top), m = top;
     const C base = softmax_rows::finite(m);
     const char* const ahead =
         reinterpret_cast<const char*>(x + j + kChunk);  // the next chunk comes while this one is summed
     auto add = [&](int64_t e, int k, int64_t count, V y) __attribute__((always_inline)) {
       if (k == 0) LLMFAST_UNROLL
       for (int64_t at = 0; at < static_cast<int64_t>(4 * L * sizeof(T)); at += 64)
-        __builtin_prefetch(ahead + e * sizeof(T) + at);
+        __builtin_prefetch(ahead + e * sizeof(T) + at, 0, 2);
       sums[k] += exp2(y - base, static_cast<C>(1.4426950408889634));
       if constexpr (kSmooth) {
         const V weights = !w ? splat(C(1)) : count == L ? loadu(w + j + e) : load_part(w + j + e, count);
@@ -126,7 +126,7 @@ void forward(const CrossEntropy& p) {
       const double base = softmax_rows::finite(m);
       for (int64_t k = 0; k < parts; k++) {
         const Partial& q = partial[row * parts + k];
-        l += q.l * exp(softmax_rows::finite(q.m) - base), wx += q.wx;
+        l += q.l * exp(q.m - base), wx += q.wx;
       }
       const double lse = l == 0 ? -kInfOf<double> : base + log(l);
       if (y < 0 || y >= V) {

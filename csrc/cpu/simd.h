@@ -59,9 +59,17 @@ LLMFAST_INLINE dvec loadu(const double* p) { return *reinterpret_cast<const udve
 LLMFAST_INLINE void store(double* p, dvec x) { *reinterpret_cast<dvec*>(p) = x; }
 LLMFAST_INLINE void storeu(double* p, dvec x) { *reinterpret_cast<udvec*>(p) = x; }
 LLMFAST_INLINE dvec splat(double x) { return x - dvec{}; }
-// b when either is NaN
+// b when either is NaN; GCC makes a comparison and a blend of a > b ? a : b
+#if LLMFAST_LANES == 16
+LLMFAST_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
+LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm512_max_pd(a, b); }
+#elif LLMFAST_LANES == 8
+LLMFAST_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
+LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm256_max_pd(a, b); }
+#else
 LLMFAST_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return a > b ? a : b; }
+#endif
 LLMFAST_INLINE vec abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 LLMFAST_INLINE dvec abs(dvec x) { return x < 0 ? -x : x; }
 
@@ -259,6 +267,27 @@ LLMFAST_INLINE void storeu(f16* p, vec x) {
   for (int i = 0; i < kLanes; i++) from_float(p + i, x[i]);
 }
 #endif
+
+// Stores past the caches, to an address aligned to what is stored; drain() before another thread reads them.
+template <class T, class V>
+LLMFAST_INLINE void stream(T* p, V x) {
+  storeu(p, x);
+}
+#if LLMFAST_LANES == 16
+LLMFAST_INLINE void stream(float* p, vec x) { _mm512_stream_ps(p, x); }
+#elif LLMFAST_LANES == 8
+LLMFAST_INLINE void stream(float* p, vec x) { _mm256_stream_ps(p, x); }
+#endif
+#ifdef __AVX512BF16__
+LLMFAST_INLINE void stream(bf16* p, vec x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+LLMFAST_INLINE void drain() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
 
 // The first n lanes only, n < the vector's lanes: nothing beyond is read (those lanes are 0) or written.
 template <class T>

@@ -2,11 +2,14 @@
 //
 // A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum,
 // exp and sum, write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result.
+// Without bias, mask and logarithm a row is read once: each chunk's exponentials wait in a buffer for the row's sum.
 // Where M is the contiguous dimension, kLanes rows are transposed into the buffer and back.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
 constexpr int64_t kChunk = 4096;
+constexpr int64_t kKept = 1 << 18;     // exponentials that wait for the sum: 1 MiB, an L2
+constexpr int64_t kStream = 16 << 20;  // bytes of a result that no cache holds beside x: written past the caches
 
 template <class T>
 T* at(const Tensor& t, int64_t a, int64_t b, int64_t i) {
@@ -98,11 +101,21 @@ LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
   return static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-// y = f(buffer)
-template <class T, class C, class F>
+// y = f(buffer), past the caches where kPast
+template <bool kPast = false, class T, class C, class F>
 LLMFAST_INLINE void write(const C* buffer, int64_t n, T* y, F&& f) {
   constexpr int L = kLanesOf<C>;
   int64_t e = 0;
+  if constexpr (kPast) {
+    const int64_t head = min<int64_t>(n, (64 - reinterpret_cast<uintptr_t>(y) % 64) % 64 / sizeof(T));
+    for (; e + L <= head; e += L) storeu(y + e, f(loadu(buffer + e)));
+    if (e < head) store_part(y + e, f(loadu(buffer + e)), head - e);
+    for (e = head; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++) stream(y + e + k * L, f(loadu(buffer + e + k * L)));
+    for (; e + L <= n; e += L) storeu(y + e, f(loadu(buffer + e)));
+    if (e < n) store_part(y + e, f(loadu(buffer + e)), n - e);
+    return;
+  }
   for (; e + 2 * L <= n; e += 2 * L) storeu(y + e, f(load(buffer + e))), storeu(y + e + L, f(load(buffer + e + L)));
   for (; e + L <= n; e += L) storeu(y + e, f(load(buffer + e)));
   if (e < n) store_part(y + e, f(load(buffer + e)), n - e);
@@ -129,6 +142,60 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
   }
 }
 
+// The softmax of n plain numbers: per chunk the maximum, then the sum of exponentials, which go to the buffer.
+template <class T, bool kPast>
+LLMFAST_INLINE void plain_row(const T* x, int64_t n, compute<T> scale, T* y, compute<T>* buffer, compute<T>* maxima) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
+  const V none = splat(-kInfOf<C>);
+  auto last = [&](int64_t e, int64_t c) {
+    return iota<C>() < static_cast<C>(c - e) ? load_part(x + e, c - e) * scale : splat(-kInfOf<C>);
+  };
+  C m = -kInfOf<C>, l = 0;
+  for (int64_t j = 0; j < n; j += kChunk) {
+    const int64_t end = min(j + kChunk, n);
+    V most[4] = {none, none, none, none}, sums[4] = {};
+    int64_t e = j;
+    for (; e + 4 * L <= end; e += 4 * L) {
+      LLMFAST_UNROLL
+      for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
+      LLMFAST_UNROLL
+      for (int k = 0; k < 4; k++) most[k] = max(most[k], loadu(x + e + k * L) * scale);
+    }
+    for (; e + L <= end; e += L) most[0] = max(most[0], loadu(x + e) * scale);
+    if (e < end) most[0] = max(most[0], last(e, end));
+    const C top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
+    if (top > m) l *= exp(m - top), m = top;
+    maxima[j / kChunk] = m;
+    const C base = finite(m);
+    for (e = j; e + 4 * L <= end; e += 4 * L) LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++) {
+      const V v = exponential<C>(loadu(x + e + k * L) * scale - base);
+      sums[k] += v;
+      store(buffer + e + k * L, v);
+    }
+    for (; e < end; e += L) {
+      const V v = exponential<C>((e + L <= end ? loadu(x + e) * scale : last(e, end)) - base);
+      sums[0] += v;
+      store(buffer + e, v);
+    }
+    l += static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
+  const C inverse = l == 0 ? C(0) : 1 / l;
+  if (n <= kChunk) {
+    write<kPast>(buffer, n, y, [&](auto v) {
+      auto q = v * inverse;
+      return q + (v - q * l) * inverse;  // the quotient, correctly rounded but for rare ties
+    });
+    return;
+  }
+  for (int64_t j = 0; j < n; j += kChunk) {
+    const C factor = exp(maxima[j / kChunk] - finite(m)) * inverse;
+    write<kPast>(buffer + j, min(kChunk, n - j), y + j, [&](auto v) { return v * factor; });
+  }
+}
+
 template <class T>
 LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
                         compute<T>* maxima) {
@@ -136,47 +203,29 @@ LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compu
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
-  if (n <= kChunk) {
+  if (maxima) {
+    const C scale = static_cast<C>(p.scale);
+    if (p.x.size[0] * p.x.size[1] * p.x.size[2] * N * static_cast<int64_t>(sizeof(T)) >= kStream &&
+        reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0) {
+      plain_row<T, true>(x, n, scale, y, buffer, maxima);
+    } else {
+      plain_row<T, false>(x, n, scale, y, buffer, maxima);
+    }
+  } else if (n <= kChunk) {
     const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
     finish(p.log, buffer, n, m, y);
   } else {
-    const bool kept = !p.log && std::is_same_v<T, C>;  // the exponentials wait in y for the row's maximum and sum
     C m = -kInfOf<C>, l = 0;
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t c = min(kChunk, n - j);
       const C most = fill(p, x + j, a, b, i, j, c, false, buffer, other);
-      if (most > m) l *= exp(finite(m) - most), m = most;
-      if (kept) {
-        l += sum_exp<true>(buffer, c, finite(m));
-        maxima[j / kChunk] = finite(m);
-        if constexpr (std::is_same_v<T, C>) write(buffer, c, y + j, [](auto v) { return v; });
-        continue;
-      }
+      if (most > m) l *= exp(m - most), m = most;
       l += sum_exp<false>(buffer, c, finite(m));
     }
     m = finite(m);
     const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
     for (int64_t j = 0; j < n; j += kChunk) {
       const int64_t c = min(kChunk, n - j);
-      if constexpr (std::is_same_v<T, C>)
-        if (kept) {
-          const C factor = exp(maxima[j / kChunk] - m) * inverse;
-          for (int64_t e = 0; e < c; e += kLanesOf<C>)
-            if (e + kLanesOf<C> <= c) {
-              storeu(y + j + e, loadu(y + j + e) * factor);
-            } else {
-              store_part(y + j + e, load_part(y + j + e, c - e) * factor, c - e);
-            }
-          continue;
-        }
-      if (!p.log && !p.bias && !p.mask) {
-        const C scale = static_cast<C>(p.scale);
-        int64_t e = 0;
-        for (; e + kLanesOf<C> <= c; e += kLanesOf<C>)
-          storeu(y + j + e, exponential<C>(loadu(x + j + e) * scale - m) * inverse);
-        if (e < c) store_part(y + j + e, exponential<C>(load_part(x + j + e, c - e) * scale - m) * inverse, c - e);
-        continue;
-      }
       fill(p, x + j, a, b, i, j, c, false, buffer, other);
       if (p.log) {
         write(buffer, c, y + j, [&](auto v) { return v - m - lse; });
@@ -242,9 +291,11 @@ void forward(const Softmax& p) {
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
   {
     static thread_local Scratch scratch;
-    const int64_t room = (across ? N : min(N, kChunk)) + 64;
-    C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + N / kChunk + 1) * sizeof(C)));
-    C *const other = buffer + step * (room / 64 * 64 + 64), *const maxima = buffer + (step + 1) * (room + 64);
+    const bool kept = !across && !p.log && !p.bias && !p.mask && N <= kKept;
+    const int64_t room = (across || kept ? N : min(N, kChunk)) + 64;
+    C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
+    C *const other = buffer + step * (room / 64 * 64 + 64), *const maxima =
+                                                                kept ? buffer + (step + 1) * (room + 64) : nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
       const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
@@ -254,6 +305,7 @@ void forward(const Softmax& p) {
         row<T>(p, a, b, i, buffer, other, maxima);
       }
     }
+    drain();
   }
 }
 
@@ -268,18 +320,21 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
-  V sums[2] = {};
-  auto each = [&](auto&& f) {
+  auto each = [&](auto&& f) __attribute__((always_inline)) {
     int64_t j = 0;
-    for (; j + L <= N; j += L) f(j, L, loadu(y + j), loadu(dy + j));
-    if (j < N) f(j, N - j, load_part(y + j, N - j), load_part(dy + j, N - j));
+    for (; j + 4 * L <= N; j += 4 * L) LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++) f(j + k * L, k, L, loadu(y + j + k * L), loadu(dy + j + k * L));
+    for (; j + L <= N; j += L) f(j, 0, L, loadu(y + j), loadu(dy + j));
+    if (j < N) f(j, 0, N - j, load_part(y + j, N - j), load_part(dy + j, N - j));
   };
-  each([&](int64_t j, int64_t, V v, V d) { sums[j / L % 2] += p.log ? counts(v, d) : v * d; });
-  const C total = sum(sums[0] + sums[1]);
+  V sums[4] = {};
+  each([&](int64_t, int k, int64_t, V v, V d)
+           __attribute__((always_inline)) { sums[k] += p.log ? counts(v, d) : v * d; });
+  const C all = static_cast<C>(total(sums[0]) + total(sums[1]) + total(sums[2]) + total(sums[3]));
   C* const db = p.dbias ? at<C>(p.dbias, a, b, i) : nullptr;
   C over_row = 0;
-  each([&](int64_t j, int64_t n, V v, V d) {
-    const V ds = p.log ? counts(v, d) - exponential<C>(v) * total : v * (d - total);
+  each([&](int64_t j, int, int64_t n, V v, V d) __attribute__((always_inline)) {
+    const V ds = p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all);
     if (n == L) {
       storeu(dx + j, ds * scale);
     } else {
