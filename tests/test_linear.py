@@ -31,7 +31,7 @@ def disagreements(x, weight, bias, y):
     return cases.breaks("y", y, truth, yards, cases.C_FORWARD, x.dtype, by_head=False)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS[:1], *(pytest.param(isa, marks=pytest.mark.long) for isa in ISAS[1:])])
 def test_every_instruction_set(isa):
     code = (
         "from tests.test_linear import DTYPES, SIZES, disagreements, problem\nimport llmfast\n"
