@@ -32,27 +32,34 @@ struct Released {  // around every kernel
   }
 };
 
+bool grad_enabled() {
+  static PyObject* const enabled = py::object(py::module_::import("torch").attr("is_grad_enabled")).release().ptr();
+  return owned(PyObject_CallNoArgs(enabled)).ptr() == Py_True;
+}
+
+// A torch.Tensor or Parameter itself, on the CPU, that asks for no gradient.
+bool plain(PyObject* t, bool grad) {
+  static PyObject* const tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  static PyObject* const parameter =
+      py::object(py::module_::import("torch").attr("nn").attr("Parameter")).release().ptr();
+  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+  return (type == tensor || type == parameter) && owned(PyObject_GetAttr(t, is_cpu)).ptr() == Py_True &&
+         !(grad && owned(PyObject_GetAttr(t, requires_grad)).ptr() == Py_True);
+}
+
 // The commonest call in one step, 4 us instead of 10: attention_fast(q, k, v, causal, scale, gqa) with causal 0, 1
 // (bottom-right) or 2 (top-left) and scale a float or None. Plain strided CPU tensors of one dtype and matching shapes,
 // no gradient; None when anything is otherwise, and then llmfast/functional.py takes the long way, which also words the
 // errors.
 PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
-  static PyObject* const tensor = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
-  static PyObject* const parameter =
-      py::object(py::module_::import("torch").attr("nn").attr("Parameter")).release().ptr();
   static PyObject* const empty_like = py::object(py::module_::import("torch").attr("empty_like")).release().ptr();
-  static PyObject* const grad_enabled =
-      py::object(py::module_::import("torch").attr("is_grad_enabled")).release().ptr();
-  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
-  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
   try {
-    const py::object grad = owned(PyObject_CallNoArgs(grad_enabled));
+    const bool grad = grad_enabled();
     Tensor t[3];
     for (int i = 0; i < 3; i++) {
-      PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(args[i]));
-      if (type != tensor && type != parameter) Py_RETURN_NONE;
-      if (owned(PyObject_GetAttr(args[i], is_cpu)).ptr() != Py_True) Py_RETURN_NONE;
-      if (grad.ptr() == Py_True && owned(PyObject_GetAttr(args[i], requires_grad)).ptr() == Py_True) Py_RETURN_NONE;
+      if (!plain(args[i], grad)) Py_RETURN_NONE;
       t[i] = view(args[i]);
     }
     const Tensor &q = t[0], &k = t[1], &v = t[2];
@@ -83,8 +90,58 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
 }
 
-PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)),
-                    METH_FASTCALL, nullptr};
+// The same for linear_fast(x, weight, bias or None): 1 to 16 rows, at any leading dimensions that are one stride.
+PyObject* linear_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  try {
+    const bool grad = grad_enabled();
+    Tensor t[3];
+    for (int i = 0; i < (args[2] == Py_None ? 2 : 3); i++) {
+      if (!plain(args[i], grad)) Py_RETURN_NONE;
+      t[i] = view(args[i]);
+    }
+    const Tensor &w = t[1], &bias = t[2];
+    const int dim = t[0].dim;
+    const bool floats = w.dtype == Dtype::kFloat32 || w.dtype == Dtype::kBFloat16 || w.dtype == Dtype::kFloat16;
+    if (!floats || dim < 1 || w.dim != 2 || t[0].dtype != w.dtype || t[0].size[dim - 1] != w.size[1]) Py_RETURN_NONE;
+    if (bias && (bias.dim != 1 || bias.size[0] != w.size[0] || bias.dtype != w.dtype)) Py_RETURN_NONE;
+    if (t[0].stride[dim - 1] > 1 || w.stride[1] > 1 || !w.size[0] || !w.size[1]) Py_RETURN_NONE;
+    Tensor x = t[0];  // (rows, D)
+    x.dim = 2, x.size[0] = 1, x.stride[0] = 0, x.size[1] = w.size[1], x.stride[1] = 1;
+    PyObject* shape[5] = {args[0]};
+    py::object sizes[4];
+    for (int d = dim - 1; d >= 0; d--) {
+      const int64_t n = d == dim - 1 ? w.size[0] : t[0].size[d];
+      shape[d + 1] = (sizes[d] = owned(PyLong_FromLongLong(n))).ptr();
+      if (d == dim - 1 || n == 1) continue;
+      if (x.size[0] == 1) {
+        x.stride[0] = t[0].stride[d];
+      } else if (t[0].stride[d] != x.stride[0] * x.size[0]) {
+        Py_RETURN_NONE;
+      }
+      x.size[0] *= n;
+    }
+    if (x.size[0] < 1 || x.size[0] > 16) Py_RETURN_NONE;
+    py::object o = owned(PyObject_VectorcallMethod(new_empty, shape, dim + 1, nullptr));
+    Tensor y = view(o);
+    y.dim = 2, y.size[0] = x.size[0], y.size[1] = y.stride[0] = w.size[0], y.stride[1] = 1;
+    {
+      Released release;
+      kernels->linear(x, w, bias, y);
+    }
+    return o.release().ptr();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (std::invalid_argument&) {
+    Py_RETURN_NONE;
+  }
+}
+
+PyMethodDef fast[] = {
+    {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)), METH_FASTCALL,
+     nullptr},
+    {"linear_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_fast)), METH_FASTCALL, nullptr}};
 
 }  // namespace
 
@@ -103,7 +160,7 @@ PYBIND11_MODULE(_cpu, m) {
     if (first < end) madvise(reinterpret_cast<void*>(first), (end - first) / page * page, MADV_HUGEPAGE);
   });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
-  m.attr("attention_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr));
+  for (PyMethodDef& f : fast) m.attr(f.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&f, nullptr));
   auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
     m.def(name, [kernel](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
                          const py::tuple& e) {

@@ -31,7 +31,7 @@ def disagreements(x, weight, bias, y):
     return cases.breaks("y", y, truth, yards, cases.C_FORWARD, x.dtype, by_head=False)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS[:1], *(pytest.param(isa, marks=pytest.mark.long) for isa in ISAS[1:])])
 def test_every_instruction_set(isa):
     code = (
         "from tests.test_linear import DTYPES, SIZES, disagreements, problem\nimport llmfast\n"
@@ -60,6 +60,32 @@ def test_bits_depend_on_the_row_alone(dtype):
                 assert torch.equal(llmfast.linear(x[:M], weight, bias, backend="cpu"), one[:M])
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_step_gives_the_long_way_s_bits():
+    x, weight, bias = problem(6, 40, 70, torch.float32)
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
+    wide = torch.zeros(6, 80)
+    wide[:, :70] = x
+    for one in (x, x[0], x.view(2, 3, 70), x.view(2, 1, 3, 70), x[:1].expand(6, 70), wide[:, :70], wide[::2, :70]):
+        for b in (None, bias, bias.repeat_interleave(2)[::2]):
+            y = cpu.linear_fast(one, parameter, b)
+            assert torch.equal(y, llmfast.linear(one, weight, b, backend="cpu"))
+    for other in (
+        (x.T.contiguous().T, weight, bias),
+        (x.view(2, 3, 70).transpose(0, 1), weight, bias),
+        (x.double(), weight.double(), bias.double()),
+        (x.repeat(3, 1), weight, bias),
+        (x[:0], weight, bias),
+        (x, weight[:0], bias[:0]),
+        (x[:, :0], weight[:, :0], bias),
+        (x, weight, bias.bfloat16()),
+        (x, weight, bias[:39]),
+        (x, weight[:, :69], bias),
+        (x, weight.clone().requires_grad_(), bias),
+        (x.tolist(), weight, bias),
+    ):
+        assert cpu.linear_fast(*other) is None
 
 
 def test_strides_and_leading_dimensions():

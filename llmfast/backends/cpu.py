@@ -17,7 +17,7 @@ except ImportError as problem:
 if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
 
-attention_fast = _cpu.attention_fast if _cpu is not None else lambda *_: None
+attention_fast, linear_fast = (_cpu.attention_fast, _cpu.linear_fast) if _cpu is not None else (lambda *_: None,) * 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
