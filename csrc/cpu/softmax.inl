@@ -43,6 +43,14 @@ LLMFAST_INLINE double total(V x) {
   return t[0];
 }
 
+#if LLMFAST_LANES == 16  // in registers: a row of 512 floats has only 32 vectors
+LLMFAST_INLINE float greatest(vec x) { return _mm512_reduce_max_ps(x); }
+LLMFAST_INLINE double total(vec x) {
+  const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
+  return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(high)));
+}
+#endif
+
 // n numbers of x, scaled, to buffer, with what bias and mask do to them, and -inf up to 4 whole vectors: their
 // maximum, which loses a NaN (the sum keeps it)
 template <class T, class C>
