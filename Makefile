@@ -18,7 +18,7 @@ bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
 
 demo: build
-	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo --layers 2 --steps 300 --batch-tokens 1024 --dropout 0.3 $(ARGS)
+	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo --layers 2 --steps 400 --batch-tokens 1024 --dropout 0.3 --lr 0.002 $(ARGS)
 	$(PY) -m llmfast evaluate --model build/demo --data examples/corpus.txt
 	$(PY) -m llmfast generate --model build/demo --prompt "人工智能"
 	$(PY) -m llmfast attention-map --model build/demo --text "语言模型预测下一个词" --heads 0 1 --out build/demo/attention.png
