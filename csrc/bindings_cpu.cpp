@@ -31,6 +31,35 @@ struct Released {  // around every kernel
   }
 };
 
+PyObject* attribute(const char* module, const char* name) {  // kept for the life of the process
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+bool rows_in_place(const Tensor& t) { return t.size[t.dim - 1] == 1 || t.stride[t.dim - 1] == 1; }
+
+// A tensor as the kernels take it: a copy of it where its rows are not contiguous.
+struct Rows {
+  py::object tensor;
+  Tensor seen;
+  explicit Rows(py::handle t) : tensor(py::reinterpret_borrow<py::object>(t)), seen(view(t)) {
+    if (!rows_in_place(seen)) tensor = tensor.attr("contiguous")(), seen = view(tensor);
+  }
+};
+
+py::object empty_like(py::handle t) {
+  static PyObject* const f = attribute("torch", "empty_like");
+  return owned(PyObject_CallOneArg(f, t.ptr()));
+}
+
+py::object empty_lse(const Tensor& q) {  // (B, H, Nq) in the compute type
+  static PyObject* const f = attribute("torch", "empty");
+  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
+  const py::tuple shape = py::make_tuple(q.size[0], q.size[1], q.size[2]);
+  const Dtype type = q.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  PyObject* args[] = {shape.ptr(), names().dtypes[static_cast<int>(type)]};
+  return owned(PyObject_Vectorcall(f, args, 1, keywords));
+}
+
 // The commonest call in one step, 4 us instead of 10: attention_fast(q, k, v, causal, scale, gqa) with causal 0, 1
 // (bottom-right) or 2 (top-left) and scale a float or None. Plain strided CPU tensors of one dtype and matching shapes,
 // no gradient; None when anything is otherwise, and then llmfast/functional.py takes the long way, which also words the
@@ -82,6 +111,55 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
 }
 
+// softmax_fast(x, dim, scale, log), the same for softmax: the last dimension, no mask or bias; None when anything is
+// otherwise, or x so large that the long way takes no share of the time.
+PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
+  static PyObject* const tensor = attribute("torch", "Tensor");
+  static PyObject* const empty_like = attribute("torch", "empty_like");
+  static PyObject* const grad_enabled = attribute("torch", "is_grad_enabled");
+  static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
+  static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  try {
+    PyObject* x = args[0];
+    if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != tensor || !PyLong_CheckExact(args[1]) ||
+        !PyFloat_CheckExact(args[2]) || owned(PyObject_GetAttr(x, is_cpu)).ptr() != Py_True)
+      Py_RETURN_NONE;
+    if (owned(PyObject_GetAttr(x, requires_grad)).ptr() == Py_True &&
+        owned(PyObject_CallNoArgs(grad_enabled)).ptr() == Py_True)
+      Py_RETURN_NONE;
+    const Tensor seen = view(x);
+    const long dim = PyLong_AsLong(args[1]);
+    int64_t elements = 1;
+    for (int64_t n : seen.size) elements *= n;
+    if (seen.dtype > Dtype::kFloat64 || !seen.dim || (dim != -1 && dim != seen.dim - 1) || elements > 1 << 16)
+      Py_RETURN_NONE;
+    py::object y = owned(PyObject_CallOneArg(empty_like, x));
+    auto four = [](Tensor t) {  // (L0, L1, M, N)
+      for (; t.dim < 4; t.dim++) {
+        for (int i = 3; i; i--) t.size[i] = t.size[i - 1], t.stride[i] = t.stride[i - 1];
+        t.size[0] = 1, t.stride[0] = 0;
+      }
+      return t;
+    };
+    const Softmax p{four(seen),       four(view(y)),     Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
+                    int64_t{1} << 30, args[3] == Py_True};
+    if (!rows_in_place(p.x) || !rows_in_place(p.y)) Py_RETURN_NONE;
+    {
+      Released release;
+      kernels->softmax_forward(p);
+    }
+    return y.release().ptr();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (std::invalid_argument&) {  // more dimensions or another dtype than view() knows
+    Py_RETURN_NONE;
+  }
+}
+
+PyMethodDef short_softmax = {"softmax_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(softmax_fast)),
+                             METH_FASTCALL, nullptr};
+
 PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)),
                     METH_FASTCALL, nullptr};
 
@@ -98,24 +176,42 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
   m.attr("attention_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr));
+  m.attr("softmax_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&short_softmax, nullptr));
   auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
-    m.def(name, [kernel](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, const py::tuple& s,
-                         const py::tuple& e) {
-      AttentionForward p{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)};
-      Released release;
-      (kernels->*kernel)(p);
-    });
+    m.def(name,
+          [kernel](py::handle q, py::handle k, py::handle v, const py::tuple& s, const py::tuple& e, bool need_lse) {
+            const Rows q_rows(q), k_rows(k), v_rows(v);
+            const int64_t D = q_rows.seen.size[3], Dv = v_rows.seen.size[3];
+            const py::object o = Dv == D ? empty_like(q_rows.tensor)
+                                         : py::module_::import("llmfast.ops").attr("like")(q_rows.tensor, Dv);
+            const py::object lse = need_lse ? empty_lse(q_rows.seen) : py::none();
+            AttentionForward p{q_rows.seen, k_rows.seen, v_rows.seen, view(o), view(lse), attention_spec(s), extras(e)};
+            {
+              Released release;
+              (kernels->*kernel)(p);
+            }
+            return py::make_tuple(o, lse);
+          });
   };
   forward("attention_forward", &cpu::Kernels::attention_forward);
   forward("attention_decode", &cpu::Kernels::attention_decode);
-  m.def("attention_backward",
-        [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta, py::handle dq,
-           py::handle dk, py::handle dv, py::handle dbias, py::handle dsinks, const py::tuple& s, const py::tuple& e) {
-          AttentionBackward p{view(dout), view(q),  view(k),  view(v),     Tensor{},     view(lse),         view(delta),
-                              view(dq),   view(dk), view(dv), view(dbias), view(dsinks), attention_spec(s), extras(e)};
-          Released release;
-          kernels->attention_backward(p);
-        });
+  m.def("attention_backward", [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle o,
+                                 py::handle lse, py::handle delta, py::handle dbias, py::handle dsinks,
+                                 const py::tuple& s, const py::tuple& e) {
+    const Rows do_rows(dout), q_rows(q), k_rows(k), v_rows(v), o_rows(o);
+    const bool own = delta.is_none();
+    const py::object dq = empty_like(q_rows.tensor), dk = empty_like(k_rows.tensor), dv = empty_like(v_rows.tensor),
+                     rowsum = own ? empty_like(lse) : py::reinterpret_borrow<py::object>(delta);
+    AttentionBackward p{do_rows.seen, q_rows.seen,  k_rows.seen,       v_rows.seen, o_rows.seen,
+                        view(lse),    view(rowsum), view(dq),          view(dk),    view(dv),
+                        view(dbias),  view(dsinks), attention_spec(s), extras(e)};
+    {
+      Released release;
+      if (own) kernels->rowdot(p.o, p.dout, p.delta);
+      kernels->attention_backward(p);
+    }
+    return py::make_tuple(dq, dk, dv);
+  });
   m.def("rowdot", [](py::handle o, py::handle dout, py::handle delta) {
     const Tensor x = view(o), y = view(dout), d = view(delta);
     Released release;

@@ -490,6 +490,10 @@ def _count(target, spec, extras):
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
+    if mask is None and bias is None and causal is False and out is None and backend is None and ops.undisturbed():
+        y = cpu.softmax_fast(x, dim, scale, log)
+        if y is not None:
+            return y
     if arguments.tensor(x, "x").dtype not in arguments.FLOATS:
         raise TypeError(f"x: expected a floating dtype of {arguments.dtype_names(arguments.FLOATS)}, got {x.dtype}")
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16):

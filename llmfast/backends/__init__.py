@@ -25,6 +25,7 @@ class Op(NamedTuple):
         None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
     )
     only_named: Callable | None = None  # supports' arguments: None, or why the backend must be asked for by its name
+    makes_delta: bool = False  # attention: backward takes delta=None where it is rowsum(o * do), one call less
 
 
 class Explanation(NamedTuple):
