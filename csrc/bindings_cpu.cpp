@@ -111,44 +111,78 @@ PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
   }
 }
 
-// softmax_fast(x, dim, scale, log), the same for softmax: the last dimension, no mask or bias; None when anything is
-// otherwise, or x so large that the long way takes no share of the time.
-PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
+// A plain strided CPU tensor whose gradient nobody wants.
+bool plain(PyObject* t) {
   static PyObject* const tensor = attribute("torch", "Tensor");
-  static PyObject* const empty_like = attribute("torch", "empty_like");
+  static PyObject* const parameter = attribute("torch.nn", "Parameter");
   static PyObject* const grad_enabled = attribute("torch", "is_grad_enabled");
   static PyObject* const is_cpu = PyUnicode_InternFromString("is_cpu");
   static PyObject* const requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+  return (type == tensor || type == parameter) && owned(PyObject_GetAttr(t, is_cpu)).ptr() == Py_True &&
+         (owned(PyObject_GetAttr(t, requires_grad)).ptr() == Py_False ||
+          owned(PyObject_CallNoArgs(grad_enabled)).ptr() == Py_False);
+}
+
+Tensor four(Tensor t) {  // with dimensions of one element in front
+  for (; t.dim < 4; t.dim++) {
+    for (int i = 3; i; i--) t.size[i] = t.size[i - 1], t.stride[i] = t.stride[i - 1];
+    t.size[0] = 1, t.stride[0] = 0;
+  }
+  return t;
+}
+
+// extras_fast(q, k, v, causal, scale, gqa, mask, bias, seqlens_k, cu_seqlens_q, cu_seqlens_k): attention_fast with the
+// commonest extras, each None where absent. With cu_seqlens q, k and v are packed (T, H, D).
+PyObject* extras_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   try {
-    PyObject* x = args[0];
-    if (reinterpret_cast<PyObject*>(Py_TYPE(x)) != tensor || !PyLong_CheckExact(args[1]) ||
-        !PyFloat_CheckExact(args[2]) || owned(PyObject_GetAttr(x, is_cpu)).ptr() != Py_True)
-      Py_RETURN_NONE;
-    if (owned(PyObject_GetAttr(x, requires_grad)).ptr() == Py_True &&
-        owned(PyObject_CallNoArgs(grad_enabled)).ptr() == Py_True)
-      Py_RETURN_NONE;
-    const Tensor seen = view(x);
-    const long dim = PyLong_AsLong(args[1]);
-    int64_t elements = 1;
-    for (int64_t n : seen.size) elements *= n;
-    if (seen.dtype > Dtype::kFloat64 || !seen.dim || (dim != -1 && dim != seen.dim - 1) || elements > 1 << 16)
-      Py_RETURN_NONE;
-    py::object y = owned(PyObject_CallOneArg(empty_like, x));
-    auto four = [](Tensor t) {  // (L0, L1, M, N)
-      for (; t.dim < 4; t.dim++) {
-        for (int i = 3; i; i--) t.size[i] = t.size[i - 1], t.stride[i] = t.stride[i - 1];
-        t.size[0] = 1, t.stride[0] = 0;
-      }
+    for (int i : {0, 1, 2, 6, 7, 8, 9, 10})
+      if (args[i] != Py_None && !plain(args[i])) Py_RETURN_NONE;
+    const bool packed = args[9] != Py_None;
+    auto heads = [&](py::handle x) {  // (B, H, N, D)
+      Tensor t = view(x);
+      if (packed && t.dim == 3)
+        t = four(t), std::swap(t.size[1], t.size[2]), std::swap(t.stride[1], t.stride[2]);
+      else if (packed)
+        t.dim = 0;
       return t;
     };
-    const Softmax p{four(seen),       four(view(y)),     Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
-                    int64_t{1} << 30, args[3] == Py_True};
-    if (!rows_in_place(p.x) || !rows_in_place(p.y)) Py_RETURN_NONE;
+    const Tensor q = heads(args[0]), k = heads(args[1]), v = heads(args[2]);
+    const int64_t B = q.size[0], H = q.size[1], Hk = k.size[1], Nq = q.size[2], Nk = k.size[2], D = q.size[3];
+    if (q.dim != 4 || k.dim != 4 || v.dim != 4 || q.dtype > Dtype::kFloat64 || k.dtype != q.dtype || v.dtype != q.dtype)
+      Py_RETURN_NONE;
+    for (const Tensor* t : {&q, &k, &v})
+      if (t->size[0] != B || t->size[1] != (t == &q ? H : Hk) || t->size[2] != (t == &q ? Nq : Nk) || t->size[3] != D ||
+          !rows_in_place(*t))
+        Py_RETURN_NONE;
+    if (!Hk || H % Hk || !D || (H != Hk && args[5] != Py_True)) Py_RETURN_NONE;
+    if (args[4] != Py_None && !PyFloat_CheckExact(args[4])) Py_RETURN_NONE;
+    Extras e{};
+    e.mask = view(args[6]), e.bias = view(args[7]);
+    e.seqlens_k = view(args[8]), e.cu_seqlens_q = view(args[9]), e.cu_seqlens_k = view(args[10]);
+    if ((e.mask && e.mask.dtype != Dtype::kBool) || e.bias.dtype > Dtype::kFloat64) Py_RETURN_NONE;
+    for (Tensor* t : {&e.mask, &e.bias}) {
+      const int64_t shape[] = {B, H, Nq, Nk};
+      *t = four(*t);
+      for (int i = 0; i < 4; i++)
+        if (t->size[i] != 1 && t->size[i] != shape[i]) Py_RETURN_NONE;
+    }
+    for (const Tensor* t : {&e.seqlens_k, &e.cu_seqlens_q, &e.cu_seqlens_k})
+      if (*t && (t->dtype != Dtype::kInt32 || t->dim != 1)) Py_RETURN_NONE;
+    if (e.seqlens_k && e.seqlens_k.size[0] != B) Py_RETURN_NONE;
+    if (packed && (!e.cu_seqlens_k || !e.cu_seqlens_q.size[0] || e.cu_seqlens_k.size[0] != e.cu_seqlens_q.size[0]))
+      Py_RETURN_NONE;
+    const double scale = args[4] == Py_None ? 1 / std::sqrt(static_cast<double>(D)) : PyFloat_AS_DOUBLE(args[4]);
+    const int64_t open = int64_t{1} << 30;  // OPEN of llmfast/spec.py
+    const long causal = PyLong_AsLong(args[3]);
+    const py::object o = empty_like(args[0]);
+    AttentionForward p{q, k, v, heads(o), Tensor{}, {scale, open, causal == 0 ? open : causal == 1 ? 0 : Nq - Nk, 0, 0},
+                       e};
     {
       Released release;
-      kernels->softmax_forward(p);
+      packed ? kernels->attention_forward(p) : kernels->attention_decode(p);
     }
-    return y.release().ptr();
+    return py::object(o).release().ptr();
   } catch (py::error_already_set& e) {
     e.restore();
     return nullptr;
@@ -157,8 +191,37 @@ PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   }
 }
 
-PyMethodDef short_softmax = {"softmax_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(softmax_fast)),
-                             METH_FASTCALL, nullptr};
+// softmax_fast(x, dim, scale, log), the same for softmax: the last dimension, no mask or bias; None when anything is
+// otherwise, or x so large that the long way takes no share of the time.
+PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
+  try {
+    if (!plain(args[0]) || !PyLong_CheckExact(args[1]) || !PyFloat_CheckExact(args[2])) Py_RETURN_NONE;
+    const Tensor x = view(args[0]);
+    const long dim = PyLong_AsLong(args[1]);
+    int64_t elements = 1;
+    for (int64_t n : x.size) elements *= n;
+    if (x.dtype > Dtype::kFloat64 || !x.dim || (dim != -1 && dim != x.dim - 1) || elements > 1 << 16) Py_RETURN_NONE;
+    const py::object y = empty_like(args[0]);
+    const Softmax p{four(x),          four(view(y)),     Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
+                    int64_t{1} << 30, args[3] == Py_True};
+    if (!rows_in_place(p.x) || !rows_in_place(p.y)) Py_RETURN_NONE;
+    {
+      Released release;
+      kernels->softmax_forward(p);
+    }
+    return py::object(y).release().ptr();
+  } catch (py::error_already_set& e) {
+    e.restore();
+    return nullptr;
+  } catch (std::invalid_argument&) {
+    Py_RETURN_NONE;
+  }
+}
+
+PyMethodDef shorter[] = {
+    {"extras_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(extras_fast)), METH_FASTCALL, nullptr},
+    {"softmax_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(softmax_fast)), METH_FASTCALL,
+     nullptr}};
 
 PyMethodDef fast = {"attention_fast", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(attention_fast)),
                     METH_FASTCALL, nullptr};
@@ -176,7 +239,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("peak", [](int dtype) { return kernels->peak(static_cast<Dtype>(dtype)); });
   m.attr("attention_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&fast, nullptr));
-  m.attr("softmax_fast") = py::reinterpret_steal<py::object>(PyCFunction_New(&short_softmax, nullptr));
+  for (PyMethodDef& f : shorter) m.attr(f.ml_name) = py::reinterpret_steal<py::object>(PyCFunction_New(&f, nullptr));
   auto forward = [&m](const char* name, void (*cpu::Kernels::*kernel)(const AttentionForward&)) {
     m.def(name,
           [kernel](py::handle q, py::handle k, py::handle v, const py::tuple& s, const py::tuple& e, bool need_lse) {

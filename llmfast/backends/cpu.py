@@ -18,6 +18,7 @@ if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
 
 attention_fast = _cpu.attention_fast if _cpu is not None else lambda *_: None
+extras_fast = _cpu.extras_fast if _cpu is not None else lambda *_: None
 softmax_fast = _cpu.softmax_fast if _cpu is not None else lambda *_: None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
