@@ -172,7 +172,7 @@ PyObject* extras_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (e.seqlens_k && e.seqlens_k.size[0] != B) Py_RETURN_NONE;
     if (packed && (!e.cu_seqlens_k || !e.cu_seqlens_q.size[0] || e.cu_seqlens_k.size[0] != e.cu_seqlens_q.size[0]))
       Py_RETURN_NONE;
-    const double scale = args[4] == Py_None ? 1 / std::sqrt(static_cast<double>(D)) : PyFloat_AS_DOUBLE(args[4]);
+    const double scale = args[4] == Py_None ? std::pow(D, -0.5) : PyFloat_AS_DOUBLE(args[4]);
     const int64_t open = int64_t{1} << 30;  // OPEN of llmfast/spec.py
     const long causal = PyLong_AsLong(args[3]);
     const py::object o = empty_like(args[0]);
