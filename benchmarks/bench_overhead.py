@@ -51,14 +51,10 @@ def _loss_gradient(cross_entropy):
     return run
 
 
-def _decode(q, k, v):
-    return llmfast.attention_decode(q, k, v, torch.ones(1, dtype=torch.int32, device=q.device))
-
-
 CALLS = {  # PyTorch's, llmfast's
     "scaled_dot_product_attention": (F.scaled_dot_product_attention, llmfast.scaled_dot_product_attention),
     "attention": (F.scaled_dot_product_attention, llmfast.attention),
-    "attention_decode": (F.scaled_dot_product_attention, _decode),
+    "attention_decode": (lambda q, k, v, _: F.scaled_dot_product_attention(q, k, v), llmfast.attention_decode),
     "softmax": (lambda q, k, v: torch.softmax(q, -1), lambda q, k, v: llmfast.softmax(q)),
     "cross_entropy": (_loss(F.cross_entropy), _loss(llmfast.cross_entropy)),
     "attention and its gradient": (_gradient(F.scaled_dot_product_attention), _gradient(llmfast.attention)),
@@ -78,7 +74,10 @@ def shapes(device, lengths=(), dtypes=("float32", "bfloat16"), backward=False):
 
 def inputs(shape, device):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(1, 1, 1, 64, generator=g).to(device, getattr(torch, shape.dtype)) for _ in range(3)]
+    tensors = [torch.randn(1, 1, 1, 64, generator=g).to(device, getattr(torch, shape.dtype)) for _ in range(3)]
+    if shape.call == "attention_decode":
+        tensors.append(torch.ones(1, dtype=torch.int32, device=device))  # seqlens_k
+    return tensors
 
 
 def call(provider, shape, tensors):

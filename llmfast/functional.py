@@ -56,12 +56,15 @@ def attention(
     >>> q, k, v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
     >>> o = llmfast.attention(q, k, v, causal=True, window=256)
     """
-    common = (
-        mask is None and bias is None and alibi_slopes is None and sinks is None and window is None and backend is None
-    )
-    if common and softcap == 0.0 and dropout_p == 0.0 and not return_lse and ops.undisturbed():
+    common = alibi_slopes is None and sinks is None and window is None and backend is None and not return_lse
+    if common and softcap == 0.0 and dropout_p == 0.0 and ops.undisturbed():
         code = 0 if causal is False else 1 if causal is True else 2 if causal == "top_left" else None
-        o = None if code is None else cpu.attention_fast(q, k, v, code, scale, True)
+        if code is None:
+            o = None
+        elif mask is None and bias is None:
+            o = cpu.attention_fast(q, k, v, code, scale, True)
+        else:
+            o = cpu.extras_fast(q, k, v, code, scale, True, mask, bias, None, None, None)
         if o is not None:
             return o
     q, k, v, bias = arguments.autocast(q, k, v, bias)
@@ -102,14 +105,19 @@ def scaled_dot_product_attention(
 
     >>> o = llmfast.scaled_dot_product_attention(q, k, v, is_causal=True)
     """
-    if attn_mask is None and dropout_p == 0.0 and ops.undisturbed():
-        o = cpu.attention_fast(query, key, value, 2 if is_causal else 0, scale, enable_gqa)
-        if o is not None:
-            return o
+    mask = bias = None
     if attn_mask is not None:
         if is_causal:
             raise ValueError("attn_mask: give attn_mask or is_causal, not both")
-        arguments.tensor(attn_mask, "attn_mask")
+        if arguments.tensor(attn_mask, "attn_mask").dtype is torch.bool:
+            mask = attn_mask
+        else:
+            bias = attn_mask
+    if dropout_p == 0.0 and ops.undisturbed():
+        call = (query, key, value, 2 if is_causal else 0, scale, enable_gqa)
+        o = cpu.attention_fast(*call) if attn_mask is None else cpu.extras_fast(*call, mask, bias, None, None, None)
+        if o is not None:
+            return o
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
         return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     H, Hk = query.shape[1], key.shape[1]
@@ -117,12 +125,6 @@ def scaled_dot_product_attention(
         raise ValueError(
             f"key: has {Hk} heads and query {H}; enable_gqa=True shares each key head among H / Hk queries"
         )
-    mask = bias = None
-    if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            mask = attn_mask
-        else:
-            bias = attn_mask
     return attention(
         query,
         key,
@@ -176,6 +178,12 @@ def attention_varlen(
     >>> cu = torch.tensor([0, 100, 164], dtype=torch.int32)
     >>> o = llmfast.attention_varlen(q, k, v, cu, cu, causal=True)
     """
+    common = alibi_slopes is None and sinks is None and window is None and backend is None and not return_lse
+    common = common and cu_seqlens_q is not None and (causal is True or causal is False)
+    if common and softcap == 0.0 and dropout_p == 0.0 and ops.undisturbed():
+        o = cpu.extras_fast(q, k, v, int(causal), scale, True, None, None, None, cu_seqlens_q, cu_seqlens_k)
+        if o is not None:
+            return o
     for name, t in (("q", q), ("k", k), ("v", v)):
         if arguments.tensor(t, name).dim() != 3:
             raise ValueError(f"{name}: expected (T, heads, D) of packed sequences, got shape {tuple(t.shape)}")
@@ -222,6 +230,12 @@ def attention_decode(
 
     >>> o = llmfast.attention_decode(q, k_cache, v_cache, torch.tensor([517], dtype=torch.int32))
     """
+    common = alibi_slopes is None and sinks is None and window is None and page_table is None and backend is None
+    common = common and seqlens_k is not None and not return_lse and (causal is True or causal is False)
+    if common and softcap == 0.0 and ops.undisturbed():
+        o = cpu.extras_fast(q, k_cache, v_cache, int(causal), scale, True, mask, bias, seqlens_k, None, None)
+        if o is not None:
+            return o
     if causal == "top_left":
         raise ValueError('causal: "top_left" has no meaning for a cache; True aligns the last query with the last key')
     if ops.needs_grad(q, k_cache, v_cache, bias, sinks):
@@ -543,6 +557,10 @@ def _count(target, spec, extras):
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
+    if mask is None and bias is None and causal is False and out is None and backend is None and ops.undisturbed():
+        y = cpu.softmax_fast(x, dim, scale, log)
+        if y is not None:
+            return y
     if arguments.tensor(x, "x").dtype not in arguments.FLOATS:
         raise TypeError(f"x: expected a floating dtype of {arguments.dtype_names(arguments.FLOATS)}, got {x.dtype}")
     if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16):

@@ -42,6 +42,8 @@ def plain(*tensors: Tensor | None) -> bool:
     for t in tensors:
         if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
             return False
+        if t is not None and t.is_neg():  # a view of the numbers' negatives: the dispatcher makes a copy of it
+            return False
     return True
 
 
@@ -95,7 +97,8 @@ def attention_backward(grads, q, k, v, o, lse, spec, extras, backend):
         return reference.backward(do, q, k, v, o, lse, delta(reference.rowdot), spec, extras)
     if plain(do, q, k, v, o, lse):
         found = pick("attention", (q, k, v, spec, extras), backend, True)
-        return found.backward(do, q, k, v, o, lse, delta(found.rowdot), spec, extras)
+        d = None if dlse is None and found.makes_delta else delta(found.rowdot)
+        return found.backward(do, q, k, v, o, lse, d, spec, extras)
     code = ORDER.index(backend) if backend else -1
     g = torch.ops.llmfast.attention_bwd(do, q, k, v, o, lse, delta(reference.rowdot), *spec, *extras, code)
     return Grads(*g[:3], None if extras.bias is None else g[3], None if extras.sinks is None else g[4])

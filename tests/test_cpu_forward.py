@@ -82,3 +82,44 @@ def test_bits_do_not_depend_on_threads(Nq):
     for o, lse in results[1:]:
         assert torch.equal(o, results[0][0])
         assert torch.equal(lse, results[0][1])
+
+
+def _rand(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _short_calls(dtype):
+    """name: a call that goes to the kernel directly; with backend="cpu" it takes the long way."""
+    q, k = _rand(2, 5, 4, 24, dtype=dtype).transpose(1, 2), _rand(2, 2, 7, 24, dtype=dtype)  # B2 H4 Nq5, Hk2 Nk7
+    packed, cu = _rand(9, 4, 24, dtype=dtype), torch.tensor([0, 3, 8], dtype=torch.int32)
+    lengths, keep = torch.tensor([7, 3], dtype=torch.int32), _rand(5, 7) > 0
+    attend = lambda **given: lambda **kw: llmfast.attention(q, k, k.flip(2), **given, **kw)
+    decode = lambda **given: lambda **kw: llmfast.attention_decode(q, k, k.flip(2), lengths, **given, **kw)
+    softmax = lambda x, **given: lambda **kw: llmfast.softmax(x, **given, **kw)
+    return {
+        "mask (Nq, Nk)": attend(mask=keep),
+        "mask (H, 1, Nk), causal": attend(mask=_rand(4, 1, 7) > 0, causal=True, scale=-0.3),
+        "bias (B, 1, Nq, Nk), top-left": attend(bias=_rand(2, 1, 5, 7), causal="top_left"),
+        "bias and mask": attend(bias=_rand(1).to(torch.bfloat16), mask=keep.t().contiguous().t()),
+        "decode": decode(),
+        "decode, not causal, mask": decode(causal=False, mask=keep),
+        "varlen": lambda **kw: llmfast.attention_varlen(packed, packed[:, :2], packed[:, 2:], cu, cu, **kw),
+        "varlen causal": lambda **kw: llmfast.attention_varlen(*(packed,) * 3, cu, cu, causal=True, scale=2.0, **kw),
+        "softmax (N,)": softmax(_rand(37, dtype=dtype)),
+        "softmax (M, N)": softmax(_rand(5, 37, dtype=dtype), scale=-2.0, dim=1),
+        "softmax of rows apart": softmax(_rand(5, 3, 64, dtype=dtype)[:, 1:, :37]),
+        "log_softmax": lambda **kw: llmfast.log_softmax(_rand(2, 3, 4, 5, dtype=dtype), **kw),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("name", _short_calls(torch.float32))
+def test_the_short_way_gives_the_same_bits(name, dtype, monkeypatch):
+    call = _short_calls(dtype)[name]
+    want = call(backend="cpu")
+    for operation in ("attention", "softmax"):
+        monkeypatch.setattr(llmfast.ops, operation, lambda *_: pytest.fail("took the long way"))
+    got = call()
+    assert torch.equal(got, want)
+    assert got.stride() == want.stride()
+    assert got.dtype == dtype

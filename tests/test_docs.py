@@ -1,4 +1,4 @@
-"""Every snippet of docs/drop-in.md runs, the one it replaces too where its package is installed."""
+"""Every snippet of docs/drop-in.md runs, and what it replaces; of flash-attn, which needs a GPU, only what follows."""
 
 import re
 from pathlib import Path

@@ -135,18 +135,21 @@ def test_threads_overlap():
 
 
 def test_unsupported_runs_pytorchs_original(monkeypatch, calls):
-    q = torch.randn(1, 2, 5, 8)
+    q, v = (
+        torch.randn(1, 2, 5, 8),
+        torch.randn(1, 2, 5, 4),
+    )  # Dv != D: not one of the calls that go to the kernel directly
     monkeypatch.setitem(backends._ops, ("attention", "cpu"), backends.Op(lambda *_: "is out today", None, None))
     backends._warned.clear()
     mask = torch.ones(5, 5).tril() > 0
     with warnings.catch_warnings(record=True) as caught, llmfast.sdpa():
         warnings.simplefilter("always")
-        got = F.scaled_dot_product_attention(q, q, q, mask)
-        F.scaled_dot_product_attention(q, q, q, mask)
-        found = llmfast.explain(F.scaled_dot_product_attention, q, q, q, mask)
+        got = F.scaled_dot_product_attention(q, q, v, mask)
+        F.scaled_dot_product_attention(q, q, v, mask)
+        found = llmfast.explain(F.scaled_dot_product_attention, q, q, v, mask)
         with llmfast.use_backend("reference"):
-            llmfast.attention(q, q, q, mask=mask)
-    assert torch.equal(got, ORIGINAL(q, q, q, mask))
+            llmfast.attention(q, q, v, mask=mask)
+    assert torch.equal(got, ORIGINAL(q, q, v, mask))
     assert [
         "PyTorch's scaled_dot_product_attention" in str(w.message) and "cpu: is out today" in str(w.message)
         for w in caught

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+_ORDER_ON_CPU = ("cpu", "reference")  # the others take a CPU tensor only when named; asking them would take 1.4 us
 
 
 class Op(NamedTuple):
@@ -25,6 +26,7 @@ class Op(NamedTuple):
         None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
     )
     only_named: Callable | None = None  # supports' arguments: None, or why the backend must be asked for by its name
+    makes_delta: bool = False  # attention: backward takes delta=None where it is rowsum(o * do), one call less
 
 
 class Explanation(NamedTuple):
@@ -86,7 +88,7 @@ def pick(operation: str, inputs: tuple, name: str | None = None, grad: bool = Fa
     if _explaining.get():
         raise Explained(_explain(operation, inputs, name, grad))
     if name is None:
-        for backend in ORDER:
+        for backend in _ORDER_ON_CPU if inputs[0].is_cpu else ORDER:
             found = _ops.get((operation, backend)) or op(operation, backend)
             if _why_not(found, inputs, grad, named=False) is None:
                 if backend == "reference":

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from ..ops import LINEAR_ROWS, like, lse_dtype
+from ..ops import LINEAR_ROWS, lse_dtype
 from ..spec import Grads
 from . import Op
 
@@ -17,7 +17,11 @@ except ImportError as problem:
 if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
 
-attention_fast, linear_fast = (_cpu.attention_fast, _cpu.linear_fast) if _cpu is not None else (lambda *_: None,) * 2
+attention_fast, extras_fast, softmax_fast, linear_fast = (
+    (lambda *_: None,) * 4
+    if _cpu is None
+    else (_cpu.attention_fast, _cpu.extras_fast, _cpu.softmax_fast, _cpu.linear_fast)
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,27 +51,19 @@ def _attention_supports(q, k, v, spec, extras):
 
 
 def _attention_forward(q, k, v, spec, extras, need_lse=True):
-    return _run(_cpu.attention_forward, q, k, v, spec, extras, need_lse)
+    return _cpu.attention_forward(q, k, v, spec, extras, need_lse)
 
 
 def _attention_decode(q, k, v, spec, extras, need_lse=True):
-    return _run(_cpu.attention_decode, q, k, v, spec, extras, need_lse)
-
-
-def _run(kernel, q, k, v, spec, extras, need_lse):
-    q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (q, k, v))
-    o = like(q, v.shape[-1])
-    lse = torch.empty(q.shape[:3], dtype=lse_dtype(q)) if need_lse else None
-    kernel(q, k, v, o, lse, spec, extras)
-    return o, lse
+    return _cpu.attention_decode(q, k, v, spec, extras, need_lse)
 
 
 def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
-    do, q, k, v = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (do, q, k, v))
-    dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+    if extras.bias is None and extras.sinks is None:
+        return Grads(*_cpu.attention_backward(do, q, k, v, o, lse, delta, None, None, spec, extras))
     wide = lambda t: None if t is None else torch.zeros(t.shape, dtype=lse.dtype)
     dbias, dsinks = wide(extras.bias), wide(extras.sinks)
-    _cpu.attention_backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras)
+    dq, dk, dv = _cpu.attention_backward(do, q, k, v, o, lse, delta, dbias, dsinks, spec, extras)
     narrow = lambda t, like: None if t is None else t.to(like.dtype)
     return Grads(dq, dk, dv, narrow(dbias, extras.bias), narrow(dsinks, extras.sinks))
 
@@ -79,7 +75,14 @@ def _rowdot(o, do):
     return delta
 
 
-attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, decode=_attention_decode)
+attention = Op(
+    _attention_supports,
+    _attention_forward,
+    _attention_backward,
+    _rowdot,
+    decode=_attention_decode,
+    makes_delta=True,
+)
 
 
 def _fresh(x):
