@@ -26,7 +26,7 @@ def tensor(t, name):
 
 
 def real(x, name):
-    if isinstance(x, (float, int, torch.SymFloat)) or isinstance(x, Real):
+    if isinstance(x, (float, int, torch.SymFloat, Real)):
         return float(x) if type(x) is not torch.SymFloat else x
     raise TypeError(f"{name}: expected a number, got {type(x).__name__}")
 

@@ -155,8 +155,8 @@ def flash_attn_with_kvcache(
         mask = (torch.arange(capacity, device=device) >= cache_leftpad[:, None])[:, None, None]  # (B, 1, 1, M)
     found = attention_decode(
         q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), cache_seqlens, page_table=rows,
-        causal=causal, window=_window(window_size), scale=softmax_scale, softcap=softcap, mask=mask, alibi_slopes=alibi_slopes,
-        return_lse=return_softmax_lse,
+        causal=causal, window=_window(window_size), scale=softmax_scale, softcap=softcap, mask=mask,
+        alibi_slopes=alibi_slopes, return_lse=return_softmax_lse,
     )  # fmt: skip
     return (found[0].transpose(1, 2), found[1]) if return_softmax_lse else found.transpose(1, 2)
 

@@ -22,8 +22,8 @@ from .spec import (
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
     scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None,
-    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0, seed: int | Tensor | None = None,
-    return_lse: bool = False, backend: str | None = None,
+    alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, dropout_p: float = 0.0,
+    seed: int | Tensor | None = None, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """o = softmax(q k^T * scale) v, fused (FlashAttention-2, arXiv 2307.08691).
 
@@ -45,9 +45,9 @@ def attention(
         backend: one of llmfast.backends.ORDER; it runs there or raises.
 
     Returns:
-        o (B, H, Nq, Dv) in q's dtype, its dimensions in memory in q's order; with return_lse also lse (B, H, Nq), the natural
-        log of each row's denominator, float32 (float64 for float64), differentiable. A row that sees no key gives o = 0,
-        lse = -inf and zero gradients.
+        o (B, H, Nq, Dv) in q's dtype, its dimensions in memory in q's order; with return_lse also lse (B, H, Nq), the
+        natural log of each row's denominator, float32 (float64 for float64), differentiable. A row that sees no key
+        gives o = 0, lse = -inf and zero gradients.
 
     Raises:
         TypeError, ValueError: a wrong type; shapes, dtypes, devices or options that contradict each other.
@@ -212,10 +212,10 @@ def attention_varlen(
 
 
 def attention_decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens_k: Tensor, *, page_table: Tensor | None = None, causal: bool = True,
-    window: int | tuple[int, int] | None = None, scale: float | None = None, softcap: float = 0.0, mask: Tensor | None = None,
-    bias: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None, return_lse: bool = False,
-    backend: str | None = None,
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens_k: Tensor, *, page_table: Tensor | None = None,
+    causal: bool = True, window: int | tuple[int, int] | None = None, scale: float | None = None, softcap: float = 0.0,
+    mask: Tensor | None = None, bias: Tensor | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None, return_lse: bool = False, backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of a few new queries against a key-value cache, without gradient.
 
@@ -226,7 +226,8 @@ def attention_decode(
         causal: bottom-right: the last query sees seqlens_k keys. mask and bias broadcast to (B, H, Nq, M).
 
     Returns:
-        o (B, H, Nq, Dv); with return_lse also lse (B, H, Nq). Keys from seqlens_k on never influence a result, NaN included.
+        o (B, H, Nq, Dv); with return_lse also lse (B, H, Nq). Keys from seqlens_k on never influence a result, NaN
+        included.
 
     >>> o = llmfast.attention_decode(q, k_cache, v_cache, torch.tensor([517], dtype=torch.int32))
     """
@@ -268,9 +269,10 @@ def attention_decode(
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, *, rows: Tensor | list[int] | None = None, top_k: int | None = None, causal: bool | str = False,
-    window: int | tuple[int, int] | None = None, scale: float | None = None, softcap: float = 0.0,
-    mask: Tensor | None = None, bias: Tensor | None = None, alibi_slopes: Tensor | None = None, sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, *, rows: Tensor | list[int] | None = None, top_k: int | None = None,
+    causal: bool | str = False, window: int | tuple[int, int] | None = None, scale: float | None = None,
+    softcap: float = 0.0, mask: Tensor | None = None, bias: Tensor | None = None, alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """The probabilities of `attention`, for looking at: one head at a time, only the rows asked for.
 
@@ -280,8 +282,8 @@ def attention_weights(
         top_k: keep only the largest of each row.
 
     Returns:
-        (B, H, rows, Nk) in float32 or wider, rows summing to 1 (less with sinks, 0 where no key is seen); with top_k the pair
-        (values, indices), each (B, H, rows, top_k).
+        (B, H, rows, Nk) in float32 or wider, rows summing to 1 (less with sinks, 0 where no key is seen); with top_k
+        the pair (values, indices), each (B, H, rows, top_k).
 
     >>> p = llmfast.attention_weights(q, k, causal=True, rows=[0, 5])
     """
@@ -324,7 +326,8 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
     """Attention over two disjoint sets of keys from the results over each; differentiable.
 
     Args:
-        o_a, o_b: (..., Nq, Dv); lse_a, lse_b: (..., Nq), as `attention(..., return_lse=True)` gives them. Sinks belong to one
+        o_a, o_b: (..., Nq, Dv); lse_a, lse_b: (..., Nq), as `attention(..., return_lse=True)` gives them. Sinks belong
+        to one
             of the two only.
 
     >>> o, lse = llmfast.merge_attention(*attention(q, k1, v1, return_lse=True), *attention(q, k2, v2, return_lse=True))
@@ -359,7 +362,8 @@ def softmax(
         out: where to write; may be x itself. Not with a gradient.
 
     Returns:
-        x's shape and dtype. A row with nothing visible, or all -inf, gives zeros (PyTorch: NaN); a NaN spoils its row only.
+        x's shape and dtype. A row with nothing visible, or all -inf, gives zeros (PyTorch: NaN); a NaN spoils its row
+        only.
 
     >>> p = llmfast.softmax(scores, scale=0.125, causal=True)
     """
@@ -370,7 +374,8 @@ def log_softmax(
     x: Tensor, dim: int = -1, *, scale: float = 1.0, mask: Tensor | None = None, bias: Tensor | None = None,
     causal: bool | str = False, out: Tensor | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """log(softmax(scale * x + bias)); hidden entries and rows with nothing visible give -inf. Arguments as in `softmax`.
+    """log(softmax(scale * x + bias)); hidden entries and rows with nothing visible give -inf. Arguments as in
+    `softmax`.
 
     >>> logp = llmfast.log_softmax(logits)
     """
@@ -378,21 +383,22 @@ def log_softmax(
 
 
 def cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0,
-    z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean", inplace_backward: bool = False,
-    backend: str | None = None,
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = -100,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0, reduction: str = "mean",
+    inplace_backward: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Cross entropy of logits and class indices; no float32 copy of the logits is made.
 
     Args:
         logits: (V,), (N, V) or (N, V, d1, ...).
-        target: int64 of shape (), (N,) or (N, d1, ...). A target outside [0, V) that isn't ignore_index is an IndexError on a
+        target: int64 of shape (), (N,) or (N, d1, ...). A target outside [0, V) that isn't ignore_index is an
+        IndexError on a
             CPU; on a GPU, where the host doesn't read it, that row's loss is NaN.
         weight: (V,), a factor for each class. ignore_index: rows with this target have no loss and no gradient.
         label_smoothing: in [0, 1]; the share of the target's probability spread over all classes.
-        z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311). softcap: logits become softcap * tanh(logits / softcap).
-        reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none".
-        inplace_backward: the gradient is written over the logits, which saves their memory once more; they must not be
+        z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311). softcap: logits become softcap * tanh(logits /
+        softcap). reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none". inplace_backward: the
+        gradient is written over the logits, which saves their memory once more; they must not be
             used again.
 
     Returns:
@@ -424,9 +430,10 @@ def linear(
         backend: one of llmfast.backends.ORDER; it runs there or raises.
 
     Returns:
-        (..., V) in x's dtype, summed in float32. On a CPU, for 1 to 16 rows of float32, bfloat16 or float16 without a gradient,
-        weight is read once for all rows and a row's bits don't depend on the other rows or on the threads. Everything else
-        (more rows, a gradient, float64, other devices, torch.func transforms) is torch.nn.functional.linear itself.
+        (..., V) in x's dtype, summed in float32. On a CPU, for 1 to 16 rows of float32, bfloat16 or float16 without a
+        gradient, weight is read once for all rows and a row's bits don't depend on the other rows or on the threads.
+        Everything else (more rows, a gradient, float64, other devices, torch.func transforms) is
+        torch.nn.functional.linear itself.
 
     Raises:
         TypeError, ValueError: a wrong type; shapes, dtypes or devices that contradict each other.

@@ -1,8 +1,8 @@
 """The operations as PyTorch sees them: a direct path for eager calls, registered operators for everything else.
 
-An eager call on plain tensors goes straight to the backend's kernel, inside an autograd.Function when a gradient is needed:
-4 to 10 us. Under torch.compile, vmap, FakeTensor, meta and the like the call goes through torch.ops.llmfast.*, which has a
-fake implementation and autograd; a raw-pointer call on such tensors would crash the process.
+An eager call on plain tensors goes straight to the backend's kernel, inside an autograd.Function when a gradient is
+needed: 4 to 10 us. Under torch.compile, vmap, FakeTensor, meta and the like the call goes through torch.ops.llmfast.*,
+which has a fake implementation and autograd; a raw-pointer call on such tensors would crash the process.
 """
 
 import torch
@@ -48,7 +48,9 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def undisturbed() -> bool:
-    """True in ordinary eager code: no tracing, modes, transforms or autocast, no `use_backend` or `explain` around the call."""
+    """True in ordinary eager code: no tracing, modes, transforms or autocast, no `use_backend` or `explain` around the
+    call.
+    """
     if _compiling() or _dispatch_modes is None or _functorch_level is None or _autocast("cpu"):
         return False
     return not _dispatch_modes() and _functorch_level() is None and unforced()
@@ -468,8 +470,8 @@ torch.library.register_autograd("llmfast::cross_entropy_fwd", _ce_grad, setup_co
 class LinearCrossEntropy(torch.autograd.Function):
     """sum(factor * cross_entropy(x weight^T + bias)) in chunks of rows, so that the logits never exist whole.
 
-    x (T, D), weight (V, D), bias (V,), factor (T,): what each row's loss counts. The gradients are made in the forward, while a
-    chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward.
+    x (T, D), weight (V, D), bias (V,), factor (T,): what each row's loss counts. The gradients are made in the forward,
+    while a chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward.
     """
 
     @staticmethod

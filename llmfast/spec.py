@@ -1,7 +1,7 @@
 """The one description of an attention problem, passed unchanged from the API to the innermost kernel.
 
-`AttentionSpec` holds the plain numbers, `Extras` the optional tensors. The fields of both generate the operator schema in
-`llmfast.ops`, so a new option is a new field here, an argument in `llmfast.functional` and its use in the kernels.
+`AttentionSpec` holds the plain numbers, `Extras` the optional tensors. The fields of both generate the operator schema
+in `llmfast.ops`, so a new option is a new field here, an argument in `llmfast.functional` and its use in the kernels.
 """
 
 from typing import NamedTuple, get_type_hints
@@ -14,7 +14,8 @@ OPEN = 2**30  # an open side of the band: 2**31 - 1 would overflow in i + offset
 class AttentionSpec(NamedTuple):
     """Query i attends to key j when -left <= j - i - (Nk - Nq) <= right.
 
-    Bottom-right causal attention is right=0, top-left causal is right=Nq-Nk, a causal window of w keys is left=w-1, right=0.
+    Bottom-right causal attention is right=0, top-left causal is right=Nq-Nk, a causal window of w keys is left=w-1,
+    right=0.
     """
 
     scale: float  # multiplies q @ k^T
@@ -59,7 +60,8 @@ class SoftmaxExtras(NamedTuple):
 
 
 class CrossEntropySpec(NamedTuple):
-    """The loss of a row: (1 - label_smoothing) * w[y] * (lse - x[y]) + label_smoothing / V * sum w (lse - x) + z_loss * lse^2.
+    """The loss of a row: (1 - label_smoothing) * w[y] * (lse - x[y]) + label_smoothing / V * sum w (lse - x) + z_loss *
+    lse^2.
 
     x are the logits after softcap; a row whose target is ignore_index has loss 0.
     """

@@ -263,3 +263,14 @@ def test_info():
         [sys.executable, "-m", "llmfast", "info", "--json"], capture_output=True, text=True, check=True
     )
     assert '"torch"' in out.stdout
+
+
+def test_a_negated_view_counts_as_its_numbers():
+    """torch._neg_view, as imag of a conjugate gives, keeps the numbers' negatives in memory."""
+    x = torch.randn(1, 2, 20, 8)
+    n = torch.complex(x, x).conj().imag
+    assert n.is_neg()
+    torch.testing.assert_close(llmfast.attention(n, x, x), llmfast.attention(-x, x, x))
+    torch.testing.assert_close(llmfast.softmax(n), llmfast.softmax(-x))
+    torch.testing.assert_close(llmfast.attention(x, x, n, window=3), llmfast.attention(x, x, -x, window=3))
+    torch.testing.assert_close(llmfast.linear(n, x[0, 0]), llmfast.linear(-x, x[0, 0]))

@@ -1,7 +1,8 @@
 """A backend is a module with one `Op` for each operation it has; the first in ORDER that supports a problem runs it.
 
-`supports(*inputs, spec, extras)` returns None or the reason as a sentence, which serves the error, `explain`, test skips and
-the support table. Falling through is by order, never by `except`; a backend that the user named runs or raises.
+`supports(*inputs, spec, extras)` returns None or the reason as a sentence, which serves the error, `explain`, test
+skips and the support table. Falling through is by order, never by `except`; a backend that the user named runs or
+raises.
 """
 
 import warnings

@@ -1,8 +1,9 @@
-"""Attention and softmax written as their definition, in float32 or wider. Every other backend is tested against this one.
+"""Attention and softmax written as their definition, in float32 or wider. Every other backend is tested against this
+one.
 
-q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv), o (B, H, Nq, Dv), lse and delta (B, H, Nq). N x N matrices are held whole.
-The forward is differentiable by autograd, which serves double backward; the backward is the formula the kernels use
-(Dao, FlashAttention-2, arXiv 2307.08691).
+q (B, H, Nq, D), k (B, Hk, Nk, D), v (B, Hk, Nk, Dv), o (B, H, Nq, Dv), lse and delta (B, H, Nq). N x N matrices are
+held whole. The forward is differentiable by autograd, which serves double backward; the backward is the formula the
+kernels use (Dao, FlashAttention-2, arXiv 2307.08691).
 """
 
 import torch
@@ -92,7 +93,9 @@ def weights(q, k, spec, extras):
 
 
 def philox(counter, key):
-    """Philox-4x32-10 (Salmon et al., 2011): four words from a 4-word counter and a 2-word key, all int64 tensors or ints."""
+    """Philox-4x32-10 (Salmon et al., 2011): four words from a 4-word counter and a 2-word key, all int64 tensors or
+    ints.
+    """
     low, high = lambda x: x & 0xFFFFFFFF, lambda x: (x >> 32) & 0xFFFFFFFF
     c, (k0, k1) = list(counter), key
     for _ in range(10):
@@ -226,7 +229,9 @@ def cross_entropy_forward(x, target, spec, extras):
 
 
 def cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
-    """dx = dloss * (a p - (1 - label_smoothing) w[y] onehot - label_smoothing / V w), a the sum of what each p is weighed by."""
+    """dx = dloss * (a p - (1 - label_smoothing) w[y] onehot - label_smoothing / V w), a the sum of what each p is
+    weighed by.
+    """
     wx, dcap = capped(wide(x), spec)
     V = wx.shape[1]
     kept = target != spec.ignore_index
