@@ -103,8 +103,8 @@ MUTANTS = [Mutant(*row) for row in [
     (SEQ, "+ j % size * stride", "+ j * stride", "a key's place in its page is not taken modulo"),
     (SEQ, "clamp(length(e.cu_seqlens_k, b + 1), s.k0, k.size[2]) - s.k0", "clamp(length(e.cu_seqlens_q, b + 1), s.k0, k.size[2]) - s.k0", "keys take the queries' lengths"),
     # cross entropy
-    (CE, "l *= exp(static_cast<double>(softmax_rows::finite(m)) - top), m = top;", "m = top;", "the running sum is not rescaled"),
-    (CE, "l += q.l * exp(softmax_rows::finite(q.m) - base), wx += q.wx;", "l += q.l, wx += q.wx;", "parts are merged without their maxima"),
+    (CE, "l *= exp(static_cast<double>(m) - top), m = top;", "m = top;", "the running sum is not rescaled"),
+    (CE, "l += q.l * exp(q.m - base), wx += q.wx;", "l += q.l, wx += q.wx;", "parts are merged without their maxima"),
     (CE, "sum += smooth * (all * lse - wx);", "sum += smooth * all * lse;", "the smoothed loss lacks the logits"),
     (CE, "if (p.z_loss != 0) sum += p.z_loss * lse * lse;", "", "the z-loss is forgotten"),
     (CE, "if (cap != 0) hit = capped(splat(hit), cap)[0];", "", "the target's logit is not capped"),
