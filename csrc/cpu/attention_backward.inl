@@ -4,7 +4,8 @@
 // The outer loop runs over blocks of 64 keys, the inner one over blocks of 64 queries. For S and dP lanes are keys: K^T
 // and V^T are made once for a key block, Q and dO are broadcast from their rows. For dV, dK and dQ lanes are head dims:
 // P and dS are broadcast, dO, Q and K are read row by row. So every product is one micro-kernel, and nothing else is
-// transposed. Each product starts from zero and is added once per block: longer sums cost accuracy. Where the machine
+// transposed. A few key blocks go through the queries together, so that a block of queries is staged once for all of
+// them. Each product starts from zero and is added once per block: longer sums cost accuracy. Where the machine
 // has bf16 dot products a unit is a pair: of head dims for S and dP, of queries for dV and dK, of keys for dQ. Other
 // half precision is copied block by block to float32 scratch.
 //
@@ -17,21 +18,6 @@ using attention_fwd::chunk, attention_fwd::tiles, attention_fwd::vectors;
 
 constexpr int kBlock = 64, kStrip = 16, kStrips = kBlock / kStrip;
 constexpr int64_t kChunkKeys = 512, kMaxChunks = 16;  // adding a chunk's dQ costs about 1 % of what computes it
-
-template <class T>
-struct Workspace {
-  using C = compute<T>;
-  using U = unit<T>;
-  U *kt, *vt;                       // (D, 64) and (Dv, 64), in units
-  U *k_rows, *q_rows, *do_rows;     // (64, D), pairs (32, D)
-  char *k_copy, *q_copy, *do_copy;  // (64, D) where the rows can't be read in place
-  C *p, *s, *dropped;               // (64 queries, 64 keys)
-  C *cap, *kept;                    // the softcap's derivative; 1 / (1 - dropout_p) or 0
-  U *p_pairs, *s_pairs;             // (32 query pairs, 64)
-  bf16* s_rows;                     // (64, 64)
-  C *dk, *dv;                       // (64, D), (64, Dv)
-  alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock];
-};
 
 // Queries [i0, i0 + nq) against keys [j0, j0 + nk) of one head; key j lies offset = Nk - Nq right of query j.
 template <class T>
@@ -58,6 +44,35 @@ struct Staged {
 };
 
 constexpr int64_t wide(int64_t D) { return (D + 31) / 32 * 32; }
+
+// Keys [j0, j0 + nk) as the products read them, and their gradients.
+template <class T>
+struct KeyBlock {
+  int64_t j0, nk;
+  unit<T>*kt, *vt;     // (D, 64) and (Dv, 64), in units
+  compute<T>*dk, *dv;  // (64, D), (64, Dv)
+  unit<T>* pairs;      // (32, D)
+  char* copy;          // (64, D) where the rows can't be read in place
+  Staged<unit<T>> rows;
+};
+
+constexpr int kTogether = 4;  // key blocks; staging queries for each alone costs 3 % of the time (bf16)
+constexpr int64_t kTogetherBytes = 512 << 10;  // of key blocks, half of L2 (1 MiB on Zen 4)
+
+template <class T>
+struct Workspace {
+  using C = compute<T>;
+  using U = unit<T>;
+  KeyBlock<T> keys[kTogether];
+  int together;            // of them in use
+  U *q_rows, *do_rows;     // (64, D), pairs (32, D)
+  char *q_copy, *do_copy;  // (64, D) where the rows can't be read in place
+  C *p, *s, *dropped;      // (64 queries, 64 keys)
+  C *cap, *kept;           // the softcap's derivative; 1 / (1 - dropout_p) or 0
+  U *p_pairs, *s_pairs;    // (32 query pairs, 64)
+  bf16* s_rows;            // (64, 64)
+  alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock];
+};
 
 template <class T>
 LLMFAST_INLINE Staged<unit<T>> stage(const T* x, int64_t stride, int64_t n, int64_t D, char* copy, unit<T>* units) {
@@ -143,12 +158,15 @@ __attribute__((noinline)) void add_product(C* c, int64_t sc, int64_t rows, int64
   });
 }
 
-template <class C>
-LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
-  if constexpr (std::is_same_v<C, double>) {
-    return exp2(x, 1.4426950408889634);
+// exp(s scale - lse). To 2.6e-6 where P and dS are rounded to 16 bits, with the product by log2(e) in the two factors.
+template <class T>
+LLMFAST_INLINE vec_of<compute<T>> probability(vec_of<compute<T>> s, compute<T> scale, compute<T> lse) {
+  if constexpr (std::is_same_v<T, double>) {
+    return exp2(s * scale - lse, 1.4426950408889634);
+  } else if constexpr (sizeof(T) == 2) {
+    return exp2_coarse(s * (scale * kLog2e) - lse * kLog2e, 1.f);
   } else {
-    return exp(x);
+    return exp(s * scale - lse);
   }
 }
 
@@ -182,7 +200,7 @@ void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<uni
                                      for (int v = 0; v < V.value; v++) {
                                        const int64_t at = (row + i) * kBlock + (g + v) * L;
                                        vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
-                                       if constexpr (kPass == kWeights) y = exponential<C>(y * scale - w.lse[row + i]);
+                                       if constexpr (kPass == kWeights) y = probability<T>(y, scale, w.lse[row + i]);
                                        if constexpr (kPass == kGradients)
                                          y = load(w.p + at) * scale * (y - w.delta[row + i]);
                                        if constexpr (kPass != kSum) {
@@ -290,7 +308,7 @@ void weights(const Block<T>& x, Workspace<T>& w, const Run& run) {
       }
       if (e.bias) y += load(w.bias + g * L);
       if (slopes) y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;
-      y = exponential<C>(y - w.lse[r]);
+      y = probability<T>(y, 1, w.lse[r]);
       if (e.mask) y = load(w.mask + g * L) == 0 ? vec_of<C>{} : y;
       if (run.edge) y = visible(x, r, g, y);
       store(w.p + at, y);
@@ -374,47 +392,35 @@ int runs_of(const Block<T>& x, Run (&runs)[kStrips]) {
   return count;
 }
 
-// One block: adds to w.dk, w.dv and dq (rows of stride sdq, from query i0).
+// One block: adds to k's dk and dv, and to dq (rows of stride sdq, from query i0).
 template <class T>
-void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const Staged<unit<T>>& k, bool adjusts,
-           compute<T>* dq, int64_t sdq) {
+void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const Staged<unit<T>>& dos,
+           const KeyBlock<T>& k, bool adjusts, compute<T>* dq, int64_t sdq) {
   using C = compute<T>;
   using U = unit<T>;
   constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = x.a.q.size[3], Dv = x.a.v.size[3];
   Run runs[kStrips];
   const int count = runs_of(x, runs);
-  if (!count) return;
-  const Staged<U> qs = stage(q, x.a.q.stride[2], x.nq, D, w.q_copy, w.q_rows);
-  const Staged<U> dos = stage(dout, x.a.dout.stride[2], x.nq, Dv, w.do_copy, w.do_rows);
-  auto at = [&](const Tensor& t) {
-    return reinterpret_cast<const C*>(t.data) + x.seq.batch * t.stride[0] + x.h * t.stride[1] +
-           (x.seq.q0 + x.i0) * t.stride[2];
-  };
-  const C *lse = at(x.a.lse), *delta = at(x.a.delta);
-  for (int64_t i = 0; i < x.nq; i++) {
-    w.lse[i] = lse[i * x.a.lse.stride[2]], w.delta[i] = delta[i * x.a.delta.stride[2]];
-    if (w.lse[i] == -kInfOf<C>) w.lse[i] = kInfOf<C>;  // no key seen: P = 0
-  }
   const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer, step = chunk<C>(x.seq.Nq);
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     int64_t d = 0;
-    for (; d + step < units; d += step) scores<kSum>(x, w, run, qs, w.kt, w.p, d, step);
+    for (; d + step < units; d += step) scores<kSum>(x, w, run, qs, k.kt, w.p, d, step);
     if (adjusts) {
-      scores<kSum>(x, w, run, qs, w.kt, w.p, d, units - d);
+      scores<kSum>(x, w, run, qs, k.kt, w.p, d, units - d);
       weights(x, w, run);
     } else {
-      scores<kWeights>(x, w, run, qs, w.kt, w.p, d, units - d);
+      scores<kWeights>(x, w, run, qs, k.kt, w.p, d, units - d);
     }
   }
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     if (adjusts) {
-      scores<kSum>(x, w, run, dos, w.vt, w.s, 0, units_v);
+      scores<kSum>(x, w, run, dos, k.vt, w.s, 0, units_v);
       gradients(x, w, run);
     } else {
-      scores<kGradients>(x, w, run, dos, w.vt, w.s, 0, units_v);
+      scores<kGradients>(x, w, run, dos, k.vt, w.s, 0, units_v);
     }
   }
   // dV and dK: neighbouring strips that the same rows see go together
@@ -436,9 +442,9 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
     if (end[c] <= begin[c]) continue;
     const int64_t j = c * kStrip, keys = min<int64_t>(u * kStrip, x.nk) - j;
     const int64_t from = begin[c] / kPer, n = (end[c] + kPer - 1) / kPer - from, skip = (from * kBlock + j) * sizeof(U);
-    add_product(w.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U),
+    add_product(k.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U),
                 dos.units + from * dos.units_stride, dos.units_stride, n);
-    add_product(w.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U),
+    add_product(k.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U),
                 qs.units + from * qs.units_stride, qs.units_stride, n);
   }
   const char* rows = kPairs<T> ? reinterpret_cast<const char*>(w.s_rows) : sc;
@@ -447,7 +453,7 @@ void block(const Block<T>& x, Workspace<T>& w, const T* q, const T* dout, const 
     const Run& run = runs[t];
     const int64_t from = run.c0 * kStrip / kPer, to = (min<int64_t>(run.c1 * kStrip, x.nk) + kPer - 1) / kPer;
     add_product(dq + run.r0 * sdq, sdq, run.r1 - run.r0, D, rows + run.r0 * row_bytes + from * int64_t(sizeof(U)),
-                row_bytes, sizeof(U), k.units + from * k.units_stride, k.units_stride, to - from);
+                row_bytes, sizeof(U), k.rows.units + from * k.rows.units_stride, k.rows.units_stride, to - from);
   }
 }
 
@@ -466,35 +472,63 @@ struct Gradient {
   int64_t head, row;
 };
 
+// The queries that see some of keys [j0, j1), whole blocks of them.
+struct Range {
+  int64_t first, end;
+};
+LLMFAST_INLINE Range queries(const AttentionSpec& spec, const Sequence& s, int64_t j0, int64_t j1) {
+  const int64_t offset = s.Nk - s.Nq, first = clamp(j0 - offset - spec.right, 0, s.Nq) / kBlock * kBlock,
+                end = clamp(j1 - offset + spec.left, first, s.Nq);
+  return {first, min(s.Nq, (end + kBlock - 1) / kBlock * kBlock)};
+}
+
 // Key blocks [j0, j1) of one sequence and kv head against all queries: dk and dv, and their part of dq.
 template <class T>
 void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t group, int64_t j0, int64_t j1,
           bool adjusts, Workspace<T>& w, const Gradient<compute<T>>& dq) {
+  using C = compute<T>;
   constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], offset = s.Nk - s.Nq;
   auto at = [&](const Tensor& t, int64_t head, int64_t row) {
     return reinterpret_cast<T*>(t.data) + s.batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
   };
-  for (; j0 < j1; j0 += kBlock) {
-    const int64_t nk = min<int64_t>(kBlock, s.Nk - j0);
-    const auto ks = stage<T>(at(a.k, hk, s.k0 + j0), a.k.stride[2], nk, D, w.k_copy, w.k_rows);
-    transpose_rows(ks, nk, (D + kPer - 1) / kPer, w.kt);
-    transpose_rows(stage<T>(at(a.v, hk, s.k0 + j0), a.v.stride[2], nk, Dv, w.do_copy, nullptr), nk,
-                   (Dv + kPer - 1) / kPer, w.vt);
-    memset(w.dk, 0, nk * wide(D) * sizeof(*w.dk)), memset(w.dv, 0, nk * wide(Dv) * sizeof(*w.dv));
-    const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq),
-                  end = clamp(j0 + nk - offset + a.spec.left, first, s.Nq);
-    for (int64_t g = 0; g < group; g++)
-      for (int64_t i = first; i < end; i += kBlock) {
-        const int64_t h = hk * group + g;
-        const Block<T> x{a, s, h, i, min<int64_t>(kBlock, end - i), j0, nk, offset};
-        block<T>(x, w, at(a.q, h, s.q0 + i), at(a.dout, h, s.q0 + i), ks, adjusts, dq.data + g * dq.head + i * dq.row,
-                 dq.row);
-      }
-    for (int64_t j = 0; j < nk; j++) {
-      narrow<T>(w.dk + j * wide(D), D, at(a.dk, hk, s.k0 + j0 + j));
-      narrow<T>(w.dv + j * wide(Dv), Dv, at(a.dv, hk, s.k0 + j0 + j));
+  for (int64_t next; j0 < j1; j0 = next) {
+    next = min(j1, j0 + w.together * kBlock);
+    const int count = static_cast<int>((next - j0 + kBlock - 1) / kBlock);
+    for (int b = 0; b < count; b++) {
+      KeyBlock<T>& k = w.keys[b];
+      k.j0 = j0 + b * kBlock, k.nk = min<int64_t>(kBlock, next - k.j0);
+      k.rows = stage<T>(at(a.k, hk, s.k0 + k.j0), a.k.stride[2], k.nk, D, k.copy, k.pairs);
+      transpose_rows(k.rows, k.nk, (D + kPer - 1) / kPer, k.kt);
+      transpose_rows(stage<T>(at(a.v, hk, s.k0 + k.j0), a.v.stride[2], k.nk, Dv, w.do_copy, nullptr), k.nk,
+                     (Dv + kPer - 1) / kPer, k.vt);
+      memset(k.dk, 0, k.nk * wide(D) * sizeof(C)), memset(k.dv, 0, k.nk * wide(Dv) * sizeof(C));
     }
+    const Range rows = queries(a.spec, s, j0, next);
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t i = rows.first; i < rows.end; i += kBlock) {
+        const int64_t h = hk * group + g, nq = min<int64_t>(kBlock, s.Nq - i);
+        auto of = [&](const Tensor& t) {
+          return reinterpret_cast<const C*>(t.data) + s.batch * t.stride[0] + h * t.stride[1] +
+                 (s.q0 + i) * t.stride[2];
+        };
+        const C *lse = of(a.lse), *delta = of(a.delta);
+        for (int64_t r = 0; r < nq; r++) {
+          w.lse[r] = lse[r * a.lse.stride[2]], w.delta[r] = delta[r * a.delta.stride[2]];
+          if (w.lse[r] == -kInfOf<C>) w.lse[r] = kInfOf<C>;  // no key seen: P = 0
+        }
+        const auto qs = stage<T>(at(a.q, h, s.q0 + i), a.q.stride[2], nq, D, w.q_copy, w.q_rows),
+                   dos = stage<T>(at(a.dout, h, s.q0 + i), a.dout.stride[2], nq, Dv, w.do_copy, w.do_rows);
+        for (int b = 0; b < count; b++)
+          block<T>({a, s, h, i, nq, w.keys[b].j0, w.keys[b].nk, offset}, w, qs, dos, w.keys[b], adjusts,
+                   dq.data + g * dq.head + i * dq.row, dq.row);
+      }
+    for (int b = 0; b < count; b++)
+      for (int64_t j = 0; j < w.keys[b].nk; j++) {
+        const KeyBlock<T>& k = w.keys[b];
+        narrow<T>(k.dk + j * wide(D), D, at(a.dk, hk, s.k0 + k.j0 + j));
+        narrow<T>(k.dv + j * wide(Dv), Dv, at(a.dv, hk, s.k0 + k.j0 + j));
+      }
   }
 }
 
@@ -508,15 +542,20 @@ LLMFAST_INLINE int64_t chunk_start(int64_t Nk, int64_t c) {
 template <class T>
 Workspace<T> workspace(Scratch& scratch, int64_t D, int64_t Dv) {
   using C = compute<T>;
-  const int64_t W = wide(D), Wv = wide(Dv), tile = kBlock * kBlock;
-  C* at = static_cast<C*>(scratch.bytes((kBlock * (7 * W + 7 * Wv) + 8 * tile) * sizeof(C)));
-  auto take = [&](auto*& p, int64_t n) { p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at), at += n; };
+  const int64_t W = wide(D), Wv = wide(Dv), tile = kBlock * kBlock, key_block = kBlock * (4 * W + 2 * Wv);
   Workspace<T> w;
-  take(w.kt, kBlock * W), take(w.vt, kBlock * Wv), take(w.p, tile), take(w.s, tile);
-  take(w.k_rows, kBlock * W), take(w.q_rows, kBlock * W), take(w.do_rows, kBlock * Wv);
+  w.together = static_cast<int>(clamp(kTogetherBytes / max<int64_t>(1, key_block * sizeof(C)), 1, kTogether));
+  C* at =
+      static_cast<C*>(scratch.bytes((w.together * key_block + kBlock * 2 * (W + Wv) + 8 * tile) * int64_t(sizeof(C))));
+  auto take = [&](auto*& p, int64_t n) { p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at), at += n; };
+  for (int b = 0; b < w.together; b++) {
+    KeyBlock<T>& k = w.keys[b];
+    take(k.kt, kBlock * W), take(k.vt, kBlock * Wv), take(k.dk, kBlock * W), take(k.dv, kBlock * Wv);
+    take(k.pairs, kBlock * W), take(k.copy, kBlock * W);
+  }
+  take(w.p, tile), take(w.s, tile), take(w.q_rows, kBlock * W), take(w.do_rows, kBlock * Wv);
   take(w.p_pairs, tile / 2), take(w.s_pairs, tile / 2), take(w.s_rows, tile / 2);
-  take(w.dk, kBlock * W), take(w.dv, kBlock * Wv);
-  take(w.k_copy, kBlock * W), take(w.q_copy, kBlock * W), take(w.do_copy, kBlock * Wv);
+  take(w.q_copy, kBlock * W), take(w.do_copy, kBlock * Wv);
   take(w.dropped, tile), take(w.cap, tile), take(w.kept, tile);
   return w;
 }
@@ -602,13 +641,12 @@ void run(const AttentionBackward& a) {
           for (int64_t g = 0; g < group; g++)
             for (int64_t i = 0; i < s.Nq; i++) memset(total.data + g * total.head + i * total.row, 0, D * sizeof(C));
           for (int64_t p = 0; p < n; p++) {
-            const int64_t j0 = chunk_start(s.Nk, p), j1 = chunk_start(s.Nk, p + 1), offset = s.Nk - s.Nq;
+            const int64_t j0 = chunk_start(s.Nk, p), j1 = chunk_start(s.Nk, p + 1);
             if (p == 0) {
               keys(a, s, hk, group, j0, j1, adjusts, w, total);
               continue;
             }
-            const int64_t first = clamp(j0 - offset - a.spec.right, 0, s.Nq),
-                          end = clamp(j1 - offset + a.spec.left, first, s.Nq);
+            const auto [first, end] = queries(a.spec, s, j0, j1);
             for (int64_t g = 0; g < group; g++)
               memset(next.data + g * head + first * W, 0, (end - first) * W * sizeof(C));
             keys(a, s, hk, group, j0, j1, adjusts, w, next);

@@ -2,10 +2,12 @@
 //
 // One task is kRows = 64 queries of one (sequence, head). q is transposed once; k is broadcast element by element
 // straight from memory, so it is never packed; maxima, sums and rescaling are vertical. |scale| * log2(e) enters with
-// the exponential as one fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96: with D = 64, S 24 KiB
-// + Q 16 + O 16 stay in L2. Where the machine has bf16 dot products, the unit of the two products is a pair: of head
-// dims in q k^T, of keys in p v (p packed over S, v interleaved block by block). Other half precision, and pages, are
-// copied block by block to scratch.
+// the exponential as one fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96 or 128. Where the
+// machine has bf16 dot products, the unit of the two products is a pair: of head dims in q k^T, of keys in p v (p
+// packed over S, v interleaved). Other half precision, and pages, are copied to scratch.
+//
+// Up to kTogether query blocks of one kv head go through the keys together: a block of keys is copied or interleaved
+// once and read from L2. Key blocks begin at multiples of kKeys, so bits don't depend on how query blocks are grouped.
 namespace llmfast::cpu::LLMFAST_ISA {
 
 constexpr int64_t kDecodeQueries =
@@ -13,8 +15,13 @@ constexpr int64_t kDecodeQueries =
 
 namespace attention_fwd {
 
-constexpr int kRows = 64, kKeys = 96, kStrip = 16;
-constexpr int kTileV = kLanes == 16 ? 4 : 2;  // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
+constexpr int kRows = 64, kMostKeys = 128, kStrip = 16;
+template <class T>  // rows of 512 bytes share sets of L1: 128 of float32 in place are slower
+constexpr int kKeys = kPairs<T> ? kMostKeys : 96;
+template <class T>  // bf16, D = 128: interleaving v for each query block costs 6 % of the time, for four together 1.5 %
+constexpr int kTogether = std::is_same_v<T, compute<T>> ? 1 : 4;
+constexpr int64_t kTogetherBytes = 256 << 10;  // of Q^T and O^T, a quarter of L2 (1 MiB on Zen 4)
+constexpr int kTileV = kLanes == 16 ? 4 : 2;   // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 constexpr bool kFma = true;
@@ -32,28 +39,38 @@ LLMFAST_INLINE int64_t chunk(int64_t Nq) {
   return Nq <= kDecodeQueries ? 8 : kChunk<C>;
 }
 
+// One block of queries and where it stands.
 template <class T>
 struct Block {
+  using C = compute<T>;
   const AttentionForward& a;
   Sequence seq;
-  Rows<T> k, v;
-  const T* q;
-  T* o;
-  compute<T>* lse;
   int64_t h, i0, nq, D, Dv, offset;  // queries [i0, i0 + nq); key j lies offset = Nk - Nq right of query j
   bool adjusts;                      // S holds finished scores; otherwise q k^T still to be scaled
+  unit<T>* qt;                       // (D, 64), in units
+  C *o, *m, *l, *alpha;              // (Dv, 64), (64,), (64,), (64,)
+
+  int64_t first() const { return max<int64_t>(0, i0 + offset - a.spec.left) / kStrip * kStrip; }
+  int64_t end() const { return min(seq.Nk, i0 + nq + offset + a.spec.right); }  // keys [first, end) are seen
+};
+
+// Keys [j0, j0 + n) as the products read them: row pointers and strides in bytes.
+struct Staged {
+  const char *k, *v;
+  int64_t sk, sv;
 };
 
 template <class T>
 struct Workspace {
   using C = compute<T>;
-  unit<T>*qt, *v;       // (D, 64) and (96, Dv), in units
-  T* k_copy;            // bf16 pairs that can't be read in place: (96, D)
-  C *k, *s, *o, *tile;  // (96, D), (96, 64), (Dv, 64), (16, 64)
-  alignas(64) C m[kRows], l[kRows], alpha[kRows];
+  unit<T>* v;       // (128, Dv), in units
+  T* k_copy;        // bf16 pairs that can't be read in place: (128, D)
+  C *k, *s, *tile;  // (128, D), (128, 64), (16, 64)
+  C* parts;         // the blocks' qt, o, m, l, alpha
+  int64_t part_size;
 };
 
-// S[r][v] = sum over d of k[r][d] * qt[d][v]: R keys x V vectors of queries
+// S[r][v] = sum over d of k[r][d] * qt[d][v]: R keys x V vectors of queries; two steps a turn are 1 % faster than one
 template <int R, int V, class C, class U>
 LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units, int64_t chunk, C* s) {
   constexpr int L = kLanesOf<C>;
@@ -62,7 +79,7 @@ LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units
     LLMFAST_UNROLL
     for (int r = 0; r < R; r++) LLMFAST_UNROLL
     for (int v = 0; v < V; v++) acc[r][v] = vec_of<C>{};
-    for (int64_t d = d0; d < min(units, d0 + chunk); d++) {
+    auto step = [&](int64_t d) __attribute__((always_inline)) {
       decltype(load(qt)) q[V];
       LLMFAST_UNROLL
       for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
@@ -72,7 +89,11 @@ LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units
         LLMFAST_UNROLL
         for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, q[v]);
       }
-    }
+    };
+    const int64_t d1 = min(units, d0 + chunk);
+    int64_t d = d0;
+    for (; d + 2 <= d1; d += 2) step(d), step(d + 1);
+    for (; d < d1; d++) step(d);
     LLMFAST_UNROLL
     for (int r = 0; r < R; r++) LLMFAST_UNROLL
     for (int v = 0; v < V; v++) {
@@ -90,7 +111,7 @@ LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t un
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
   for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * L) * load(alpha + x * L);
-  for (int64_t j = 0; j < units; j++) {
+  auto step = [&](int64_t j) __attribute__((always_inline)) {
     decltype(load(p)) w[V];
     LLMFAST_UNROLL
     for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * L);
@@ -100,7 +121,10 @@ LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t un
       LLMFAST_UNROLL
       for (int x = 0; x < V; x++) acc[r][x] = multiply_add<C>(acc[r][x], y, w[x]);
     }
-  }
+  };
+  int64_t j = 0;
+  for (; j + 2 <= units; j += 2) step(j), step(j + 1);
+  for (; j < units; j++) step(j);
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
   for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
@@ -130,16 +154,19 @@ LLMFAST_INLINE void vectors(int v0, int v1, F&& f) {
 
 // Q^T in units, its rows times the sign of scale; rows past nq are zero.
 template <class T>
-void transpose_q(const Block<T>& x, Workspace<T>& w) {
+void transpose_q(const Block<T>& x) {
   using U = unit<T>;
-  using V = decltype(load(w.qt));
+  using V = decltype(load(x.qt));
   constexpr int L = sizeof(V) / sizeof(U), kStep = L * (kPairs<T> ? 2 : 1);
   const bool negative = x.a.spec.scale < 0;
+  const Tensor& from = x.a.q;
+  const T* const rows = reinterpret_cast<const T*>(from.data) + x.seq.batch * from.stride[0] + x.h * from.stride[1] +
+                        (x.seq.q0 + x.i0) * from.stride[2];
   for (int64_t g = 0; g < kRows; g += L)
     for (int64_t d = 0; d < x.D; d += kStep) {
       V r[L];
       for (int i = 0; i < L; i++) {
-        const T* q = x.q + (g + i) * x.a.q.stride[2] + d;
+        const T* q = rows + (g + i) * from.stride[2] + d;
         if (g + i >= x.nq) {
           r[i] = V{};
         } else if constexpr (kPairs<T>) {
@@ -154,7 +181,7 @@ void transpose_q(const Block<T>& x, Workspace<T>& w) {
         }
       }
       transpose(r);
-      for (int i = 0; i < L; i++) store(w.qt + (d / kStep * L + i) * kRows + g, r[i]);
+      for (int i = 0; i < L; i++) store(x.qt + (d / kStep * L + i) * kRows + g, r[i]);
     }
 }
 
@@ -280,28 +307,23 @@ LLMFAST_INLINE void drop(const Block<T>& x, compute<T>* p, int64_t j0, int64_t n
   }
 }
 
-// Keys [j0, j0 + n) as the products read them: row pointers and strides in bytes.
-struct Staged {
-  const char *k, *v;
-  int64_t sk, sv;
-};
-
 template <class T>
-LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n) {
+LLMFAST_INLINE Staged stage(const Rows<T>& k, const Rows<T>& v, int64_t D, int64_t Dv, Workspace<T>& w, int64_t j0,
+                            int64_t n) {
   using C = compute<T>;
-  const bool whole = !x.k.pages;
+  const bool whole = !k.pages;
   auto chars = [](const void* p) { return static_cast<const char*>(p); };
   if constexpr (kPairs<T>) {
     constexpr int kStep = 2 * kLanes;
-    const int64_t sv = (x.Dv + kStep - 1) / kStep * kStep, sk = (x.D + 1) / 2 * 2;
+    const int64_t sv = (Dv + kStep - 1) / kStep * kStep, sk = (D + 1) / 2 * 2;
     const bf16 zeros[kStep] = {};
     for (int64_t j = 0; j < n; j += 2) {
-      const bf16 *a = x.v.at(j0 + j), *b = j + 1 < n ? x.v.at(j0 + j + 1) : nullptr;
-      for (int64_t d = 0; d < x.Dv; d += kStep) {
+      const bf16 *a = v.at(j0 + j), *b = j + 1 < n ? v.at(j0 + j + 1) : nullptr;
+      for (int64_t d = 0; d < Dv; d += kStep) {
         bf16 parts[2][kStep] = {};
-        if (x.Dv - d < kStep)
-          for (int64_t e = 0; e < x.Dv - d; e++) parts[0][e] = a[d + e], parts[1][e] = b ? b[d + e] : bf16{};
-        const bool part = x.Dv - d < kStep;
+        if (Dv - d < kStep)
+          for (int64_t e = 0; e < Dv - d; e++) parts[0][e] = a[d + e], parts[1][e] = b ? b[d + e] : bf16{};
+        const bool part = Dv - d < kStep;
         ivec low, high;
         interleave(loadu(reinterpret_cast<const int32_t*>(part ? parts[0] : a + d)),
                    loadu(reinterpret_cast<const int32_t*>(part ? parts[1]
@@ -311,19 +333,32 @@ LLMFAST_INLINE Staged stage(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
         store(w.v + j / 2 * sv + d, low), store(w.v + j / 2 * sv + d + kLanes, high);
       }
     }
-    if (whole && x.D % 2 == 0) return {chars(x.k.at(j0)), chars(w.v), x.k.stride * 2, sv * 4};
+    if (whole && D % 2 == 0) return {chars(k.at(j0)), chars(w.v), k.stride * 2, sv * 4};
     for (int64_t j = 0; j < n; j++) {
-      memcpy(w.k_copy + j * sk, x.k.at(j0 + j), x.D * 2);
-      if (x.D % 2) w.k_copy[j * sk + x.D] = bf16{};
+      memcpy(w.k_copy + j * sk, k.at(j0 + j), D * 2);
+      if (D % 2) w.k_copy[j * sk + D] = bf16{};
     }
     return {chars(w.k_copy), chars(w.v), sk * 2, sv * 4};
   } else {
     if constexpr (std::is_same_v<T, C>)
       if (whole)
-        return {chars(x.k.at(j0)), chars(x.v.at(j0)), x.k.stride * int64_t(sizeof(T)), x.v.stride * int64_t(sizeof(T))};
-    const int64_t sk = (x.D + 15) / 16 * 16, sv = (x.Dv + 15) / 16 * 16;
-    for (int64_t j = 0; j < n; j++) widen(x.k.at(j0 + j), x.D, w.k + j * sk), widen(x.v.at(j0 + j), x.Dv, w.v + j * sv);
+        return {chars(k.at(j0)), chars(v.at(j0)), k.stride * int64_t(sizeof(T)), v.stride * int64_t(sizeof(T))};
+    const int64_t sk = (D + 15) / 16 * 16, sv = (Dv + 15) / 16 * 16;
+    for (int64_t j = 0; j < n; j++) widen(k.at(j0 + j), D, w.k + j * sk), widen(v.at(j0 + j), Dv, w.v + j * sv);
     return {chars(w.k), chars(w.v), sk * int64_t(sizeof(C)), sv * int64_t(sizeof(C))};
+  }
+}
+
+// P = 2^((s - m) c), which is exactly 1 where s = m. For half precision m is in base-2 units and P = 2^(s c - m), one
+// fused step less.
+template <class T>
+constexpr bool kBase2 = sizeof(T) == 2;
+template <class T>
+LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> s, vec_of<compute<T>> m, compute<T> c) {
+  if constexpr (kBase2<T>) {
+    return exp2(s * c - m);
+  } else {
+    return exp2(s - m, c);
   }
 }
 
@@ -335,52 +370,67 @@ LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int6
   constexpr int L = kLanesOf<C>;
   using V = vec_of<C>;
   C* s = w.s + g * L;
+  const bool drops = x.a.spec.dropout_p != 0;
   auto strips = [&](auto&& f) {
     for (int t = 0; t * kStrip < n; t++)
       if (v0[t] <= g && g < v1[t]) f(t * kStrip, min<int64_t>((t + 1) * kStrip, n));
   };
-  V m_old = load(w.m + g * L), m_new = m_old;
+  V most = V{} - kInfOf<C>;
   strips([&](int64_t j, int64_t end) {
-    V other = m_new;
-    for (; j + 2 <= end; j += 2) m_new = max(m_new, load(s + j * kRows)), other = max(other, load(s + (j + 1) * kRows));
-    if (j < end) m_new = max(m_new, load(s + j * kRows));
-    m_new = max(m_new, other);
+    V other = most;
+    for (; j + 2 <= end; j += 2) most = max(most, load(s + j * kRows)), other = max(other, load(s + (j + 1) * kRows));
+    if (j < end) most = max(most, load(s + j * kRows));
+    most = max(most, other);
   });
+  const C unit = kBase2<T> ? c : C(1);
+  V m_old = load(x.m + g * L), m_new = max(m_old, most * unit);
   V m = m_new == -kInfOf<C> ? V{} : m_new;  // no key yet: 0
-  V alpha = exp2(m_old - m, c), sum = V{}, odd = V{};
+  V alpha = exp2(m_old - m, kBase2<T> ? C(1) : c), sum = V{}, odd = V{};
+  auto pack = [&](int64_t j, auto even, auto odd) __attribute__((always_inline)) {
+    store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows, pairs(even, odd));
+  };
   strips([&](int64_t j, int64_t end) {
     const int64_t first = j;
     for (; j + 2 <= end; j += 2) {
-      V a = exp2(load(s + j * kRows) - m, c), b = exp2(load(s + (j + 1) * kRows) - m, c);
+      V a = weight<T>(load(s + j * kRows), m, c), b = weight<T>(load(s + (j + 1) * kRows), m, c);
       sum += a, odd += b;
+      if constexpr (kPairs<T>)
+        if (!drops) {
+          pack(j, a, b);
+          continue;
+        }
       store(s + j * kRows, a), store(s + (j + 1) * kRows, b);
     }
     if (j < end) {
-      V a = exp2(load(s + j * kRows) - m, c);
+      V a = weight<T>(load(s + j * kRows), m, c);
       sum += a;
+      if constexpr (kPairs<T>)
+        if (!drops) return pack(j, a, V{});
       store(s + j * kRows, a);
     }
-    if (x.a.spec.dropout_p != 0) drop(x, w.s + first * kRows, j0 + first, end - first, g);
+    if (drops) drop(x, w.s + first * kRows, j0 + first, end - first, g);
     if constexpr (kPairs<T>)
-      for (j = first; j < end; j += 2)
-        store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows,
-              pairs(load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{}));
+      if (drops)
+        for (j = first; j < end; j += 2) pack(j, load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{});
   });
-  store(w.m + g * L, m_new);
-  store(w.alpha + g * L, alpha);
-  store(w.l + g * L, load(w.l + g * L) * alpha + (sum + odd));
+  store(x.m + g * L, m_new);
+  store(x.alpha + g * L, alpha);
+  store(x.l + g * L, load(x.l + g * L) * alpha + (sum + odd));
 }
 
 // o = O^T / l transposed back, lse, sinks.
 template <class T>
-void finish(const Block<T>& x, Workspace<T>& w, compute<T> to_natural) {
+void finish(const Block<T>& x, compute<T> to_natural) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
-  const Tensor& sinks = x.a.extras.sinks;
+  const Tensor &sinks = x.a.extras.sinks, &lse = x.a.lse;
   const double p = x.a.spec.dropout_p;
   const C keep = p < 1 ? static_cast<C>(1 / (1 - p)) : C(0);
+  auto start = [&](const Tensor& t) {
+    return x.seq.batch * t.stride[0] + x.h * t.stride[1] + (x.seq.q0 + x.i0) * t.stride[2];
+  };
   for (int64_t i = 0; i < x.nq; i++) {
-    C m = w.m[i] * to_natural, l = w.l[i];
+    C m = x.m[i] * to_natural, l = x.l[i];
     if (l == 0) m = -kInfOf<C>;
     C inverse = l == 0 ? C(0) : keep / l;
     if (sinks) {
@@ -390,97 +440,133 @@ void finish(const Block<T>& x, Workspace<T>& w, compute<T> to_natural) {
         l = l * shrink + exp(sink - both), m = both, inverse = keep * shrink / l;
       }
     }
-    if (x.lse) x.lse[i * x.a.lse.stride[2]] = l == 0 ? -kInfOf<C> : m + log(l);
-    w.alpha[i] = inverse;
+    if (lse) reinterpret_cast<C*>(lse.data)[start(lse) + i * lse.stride[2]] = l == 0 ? -kInfOf<C> : m + log(l);
+    x.alpha[i] = inverse;
   }
+  T* const o = reinterpret_cast<T*>(x.a.o.data) + start(x.a.o);
   for (int64_t g = 0; g < x.nq; g += L)
     for (int64_t d = 0; d < x.Dv; d += L) {
       vec_of<C> r[L];
-      for (int i = 0; i < L; i++) r[i] = load(w.o + (d + i) * kRows + g) * load(w.alpha + g);
+      for (int i = 0; i < L; i++) r[i] = load(x.o + (d + i) * kRows + g) * load(x.alpha + g);
       transpose(r);
       for (int i = 0; i < min<int64_t>(L, x.nq - g); i++) {
-        T* o = x.o + (g + i) * x.a.o.stride[2] + d;
+        T* to = o + (g + i) * x.a.o.stride[2] + d;
         if (x.Dv - d < L) {
-          store_part(o, r[i], x.Dv - d);
+          store_part(to, r[i], x.Dv - d);
         } else {
-          storeu(o, r[i]);
+          storeu(to, r[i]);
         }
       }
     }
 }
 
+// Keys [j0, j0 + n) of one block, n <= 128, a part of those staged.
 template <class T>
-void block(const Block<T>& x, Workspace<T>& w) {
+void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, int64_t n, compute<T> c) {
   using C = compute<T>;
   using U = unit<T>;
   constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1;  // keys or head dims in a unit
   const AttentionSpec& spec = x.a.spec;
-  const C scale = x.adjusts ? C(1) : static_cast<C>(__builtin_fabs(spec.scale));
-  const C c = static_cast<C>(scale * 1.4426950408889634);  // turns S into base-2 units
-  transpose_q(x, w);
-  memset(w.o, 0, x.Dv * kRows * sizeof(C));
-  for (int i = 0; i < kRows; i++) w.m[i] = -kInfOf<C>, w.l[i] = 0;
-
-  // The keys that some query sees, from a multiple of kStrip.
-  const int64_t last = x.i0 + x.nq - 1 + x.offset;
-  const int64_t first = max<int64_t>(0, x.i0 + x.offset - spec.left) / kStrip * kStrip;
-  const int64_t end = min(x.seq.Nk, last + spec.right + 1);
-  const int used = static_cast<int>((x.nq + L - 1) / L);
-  for (int64_t j0 = first; j0 < end; j0 += kKeys) {
-    const int64_t n = min<int64_t>(kKeys, end - j0);
-    const int strips = static_cast<int>((n + kStrip - 1) / kStrip);
-    int v0[kKeys / kStrip], v1[kKeys / kStrip];  // the vectors that see one of a strip's keys
-    for (int t = 0; t < strips; t++) {
-      const int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;
-      const int64_t low = a0 - x.offset - spec.right - x.i0, high = a1 - x.offset + spec.left - x.i0;
-      v0[t] = static_cast<int>(clamp(low, 0, used * L) / L);
-      v1[t] = static_cast<int>(high < 0 ? 0 : clamp(high / L + 1, v0[t], used));
-      if (v1[t] < v0[t]) v1[t] = v0[t];
-    }
-    // Calls f(first key, keys, v0, v1) for runs of strips that the same vectors see.
-    auto runs = [&](auto&& f) {
-      for (int t = 0; t < strips;) {
-        int u = t + 1;
-        while (u < strips && v0[u] == v0[t] && v1[u] == v1[t]) u++;
-        f(t * kStrip, min<int64_t>(u * kStrip, n) - t * kStrip, v0[t], v1[t]);
-        t = u;
-      }
-    };
-    const Staged kv = stage(x, w, j0, n);
-    runs([&](int64_t j, int64_t m, int a0, int a1) {
-      vectors(a0, a1, [&](int g, auto V) {
-        tiles<V.value>(m, [&](int64_t r, auto R) {
-          scores<R.value, V.value, C, U>(w.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer,
-                                         chunk<C>(x.seq.Nq), w.s + (j + r) * kRows + g * L);
-        });
-      });
-    });
-    for (int t = 0; t < strips; t++) {
-      C* s = w.s + t * kStrip * kRows;
-      const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
-      if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
-      band(x, s, j, m, v0[t], v1[t]);
-    }
-    for (int g = 0; g < used; g++) softmax(x, w, j0, n, g, v0, v1, c);
-    runs([&](int64_t j, int64_t m, int a0, int a1) {
-      vectors(a0, a1, [&](int g, auto V) {
-        tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
-          accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer * kRows + g * L,
-                                             kv.v + j / kPer * kv.sv + r * sizeof(U), kv.sv, (m + kPer - 1) / kPer,
-                                             w.o + r * kRows + g * L, w.alpha + g * L);
-        });
-      });
-      for (int i = a0 * L; i < a1 * L; i++) w.alpha[i] = 1;  // rescaled once
-    });
+  const int used = static_cast<int>((x.nq + L - 1) / L), strips = static_cast<int>((n + kStrip - 1) / kStrip);
+  int v0[kMostKeys / kStrip], v1[kMostKeys / kStrip];  // the vectors that see one of a strip's keys
+  for (int t = 0; t < strips; t++) {
+    const int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;
+    const int64_t low = a0 - x.offset - spec.right - x.i0, high = a1 - x.offset + spec.left - x.i0;
+    v0[t] = static_cast<int>(clamp(low, 0, used * L) / L);
+    v1[t] = static_cast<int>(high < 0 ? 0 : clamp(high / L + 1, v0[t], used));
+    if (v1[t] < v0[t]) v1[t] = v0[t];
   }
-  finish(x, w, scale);
+  // Calls f(first key, keys, v0, v1) for runs of strips that the same vectors see.
+  auto runs = [&](auto&& f) {
+    for (int t = 0; t < strips;) {
+      int u = t + 1;
+      while (u < strips && v0[u] == v0[t] && v1[u] == v1[t]) u++;
+      f(t * kStrip, min<int64_t>(u * kStrip, n) - t * kStrip, v0[t], v1[t]);
+      t = u;
+    }
+  };
+  runs([&](int64_t j, int64_t m, int a0, int a1) {
+    vectors(a0, a1, [&](int g, auto V) {
+      tiles<V.value>(m, [&](int64_t r, auto R) {
+        scores<R.value, V.value, C, U>(x.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer,
+                                       chunk<C>(x.seq.Nq), w.s + (j + r) * kRows + g * L);
+      });
+    });
+  });
+  for (int t = 0; t < strips; t++) {
+    C* s = w.s + t * kStrip * kRows;
+    const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
+    if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
+    band(x, s, j, m, v0[t], v1[t]);
+  }
+  for (int g = 0; g < used; g++) softmax(x, w, j0, n, g, v0, v1, c);
+  runs([&](int64_t j, int64_t m, int a0, int a1) {
+    vectors(a0, a1, [&](int g, auto V) {
+      tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
+        accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer * kRows + g * L,
+                                           kv.v + j / kPer * kv.sv + r * sizeof(U), kv.sv, (m + kPer - 1) / kPer,
+                                           x.o + r * kRows + g * L, x.alpha + g * L);
+      });
+    });
+    for (int i = a0 * L; i < a1 * L; i++) x.alpha[i] = 1;  // rescaled once
+  });
+}
+
+// count query blocks of one sequence and kv head: from `first` in the order last block first, its heads side by side.
+template <class T>
+void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t group, int64_t first, int64_t count,
+            bool adjusts, Workspace<T>& w) {
+  using C = compute<T>;
+  constexpr int kPer = kPairs<T> ? 2 : 1;
+  const int64_t D = a.q.size[3], Dv = a.v.size[3], last = (seq.Nq - 1) / kRows, W = (D + 31) / 32 * 32;
+  const Rows<T> k = rows<T>(a.k, a.extras, seq, hk), v = rows<T>(a.v, a.extras, seq, hk);
+  const C scale = adjusts ? C(1) : static_cast<C>(__builtin_fabs(a.spec.scale));
+  const C c = static_cast<C>(scale * 1.4426950408889634);  // turns S into base-2 units
+  int64_t from = seq.Nk, to = 0;
+  auto block = [&](int64_t t) {
+    const int64_t i0 = (last - (first + t) / group) * kRows;
+    C* const part = w.parts + t * w.part_size;
+    C* const m = part + (W + (Dv + 31) / 32 * 32) * kRows;
+    return Block<T>{a,
+                    seq,
+                    hk * group + (first + t) % group,
+                    i0,
+                    min<int64_t>(kRows, seq.Nq - i0),
+                    D,
+                    Dv,
+                    seq.Nk - seq.Nq,
+                    adjusts,
+                    reinterpret_cast<unit<T>*>(part),
+                    part + W * kRows,
+                    m,
+                    m + kRows,
+                    m + 2 * kRows};
+  };
+  for (int64_t t = 0; t < count; t++) {
+    const Block<T> x = block(t);
+    transpose_q(x);
+    memset(x.o, 0, Dv * kRows * sizeof(C));
+    for (int i = 0; i < kRows; i++) x.m[i] = -kInfOf<C>, x.l[i] = 0;
+    if (x.first() < x.end()) from = min(from, x.first()), to = max(to, x.end());
+  }
+  for (int64_t j0 = from / kKeys<T> * kKeys<T>; j0 < to; j0 += kKeys<T>) {
+    const int64_t begin = max(j0, from), end = min(j0 + kKeys<T>, to);
+    const Staged kv = stage(k, v, D, Dv, w, begin, end - begin);
+    for (int64_t t = 0; t < count; t++) {
+      const Block<T> x = block(t);
+      const int64_t j = max(begin, x.first()), n = min(end, x.end()) - j;
+      if (n <= 0) continue;
+      attend(x, w, {kv.k + (j - begin) * kv.sk, kv.v + (j - begin) / kPer * kv.sv, kv.sk, kv.sv}, j, n, c);
+    }
+  }
+  for (int64_t t = 0; t < count; t++) finish(block(t), kBase2<T> ? static_cast<C>(kLn2) : scale);
 }
 
 template <class T>
 void run(const AttentionForward& a) {
   using C = compute<T>;
-  const int64_t H = a.q.size[1], D = a.q.size[3], Dv = a.v.size[3], group = a.k.size[1] ? H / a.k.size[1] : 1;
-  const int64_t B = sequences(a.q, a.extras), wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
+  const int64_t H = a.q.size[1], Hk = a.k.size[1], D = a.q.size[3], Dv = a.v.size[3], group = Hk ? H / Hk : 1;
+  const int64_t B = sequences(a.q, a.extras), W = (D + 31) / 32 * 32, Wv = (Dv + 31) / 32 * 32;
   const double scale = __builtin_fabs(a.spec.scale);
   const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 ||
                        scale < 1e-20 || std::is_same_v<C, double>;
@@ -490,55 +576,37 @@ void run(const AttentionForward& a) {
         memset(a.o.data + (h * a.o.stride[1] + i * a.o.stride[2]) * sizeof(T), 0, Dv * sizeof(T));
         if (a.lse) reinterpret_cast<C*>(a.lse.data)[h * a.lse.stride[1] + i * a.lse.stride[2]] = -kInfOf<C>;
       }
-  int64_t tasks = 0, longest = 0;
-  for (int64_t b = 0; b < B; b++) {
-    const Sequence s = sequence(a.q, a.k, a.extras, b);
-    tasks += H * ((s.Nq + kRows - 1) / kRows), longest = max(longest, s.Nk);
-  }
-  if (!tasks) return;
+  auto blocks_of = [&](int64_t b) { return (sequence(a.q, a.k, a.extras, b).Nq + kRows - 1) / kRows; };
+  int64_t total = 0, longest = 0, tasks = 0;
+  for (int64_t b = 0; b < B; b++) total += H * blocks_of(b), longest = max(longest, sequence(a.q, a.k, a.extras, b).Nk);
+  if (!total) return;
+  const int64_t threads = omp_get_max_threads(), part_size = (W + Wv + 3) * kRows;
+  const int64_t together = clamp(min(kTogetherBytes / (part_size * int64_t(sizeof(C))),
+                                     threads == 1 ? total : total / (4 * threads)),  // four tasks a thread even out
+                                 1, kTogether<T>);
   struct Task {
-    int64_t b, h, i0;
+    int64_t b, hk, first, count;
   };
   static thread_local Scratch list;
-  Task* const task = static_cast<Task*>(list.bytes(tasks * sizeof(Task)));
-  for (int64_t b = 0, t = 0; b < B; b++) {
-    const int64_t last = (sequence(a.q, a.k, a.extras, b).Nq - 1) / kRows;
-    if (sequence(a.q, a.k, a.extras, b).Nq > 0)
-      for (int64_t h = 0; h < H; h++)
-        for (int64_t i = last; i >= 0; i--) task[t++] = {b, h, i * kRows};  // a head's blocks together, heaviest first
-  }
-#pragma omp parallel if (tasks > 1 && tasks * longest * (D + Dv) > 20000)  // 10 us of work pay for the threads
+  Task* const task = static_cast<Task*>(list.bytes(total * sizeof(Task)));
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t hk = 0; hk < Hk; hk++)
+      for (int64_t n = blocks_of(b) * group, i = 0; i < n; i += together)  // a head's blocks together, heaviest first
+        task[tasks++] = {b, hk, i, min(together, n - i)};
+#pragma omp parallel if (tasks > 1 && total * longest * (D + Dv) > 20000)  // 10 us of work pay for the threads
   {
     static thread_local Scratch scratch;
     Workspace<T> w;
-    C* at = static_cast<C*>(scratch.bytes(((wideD + wideDv) * (kRows + kKeys) + (kKeys + kStrip) * kRows) * sizeof(C)));
-    w.qt = reinterpret_cast<unit<T>*>(at), at += wideD * kRows;
-    w.s = at, at += kKeys * kRows;
+    C* at = static_cast<C*>(
+        scratch.bytes(((W + Wv) * kKeys<T> + (kKeys<T> + kStrip) * kRows + together * part_size) * sizeof(C)));
+    w.s = at, at += kKeys<T> * kRows;
     w.tile = at, at += kStrip * kRows;
-    w.o = at, at += wideDv * kRows;
-    w.v = reinterpret_cast<unit<T>*>(at), at += kKeys * wideDv;
+    w.parts = at, at += together * part_size, w.part_size = part_size;
+    w.v = reinterpret_cast<unit<T>*>(at), at += kKeys<T> * Wv;
     w.k = at, w.k_copy = reinterpret_cast<T*>(at);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < tasks; t++) {
-      const int64_t h = task[t].h, i0 = task[t].i0;
-      const Sequence s = sequence(a.q, a.k, a.extras, task[t].b);
-      auto start = [&](const Tensor& x) { return s.batch * x.stride[0] + h * x.stride[1] + (s.q0 + i0) * x.stride[2]; };
-      Block<T> x{a,
-                 s,
-                 rows<T>(a.k, a.extras, s, h / group),
-                 rows<T>(a.v, a.extras, s, h / group),
-                 reinterpret_cast<const T*>(a.q.data) + start(a.q),
-                 reinterpret_cast<T*>(a.o.data) + start(a.o),
-                 a.lse ? reinterpret_cast<C*>(a.lse.data) + start(a.lse) : nullptr,
-                 h,
-                 i0,
-                 min<int64_t>(kRows, s.Nq - i0),
-                 D,
-                 Dv,
-                 s.Nk - s.Nq,
-                 adjusts};
-      block(x, w);
-    }
+    for (int64_t t = 0; t < tasks; t++)
+      blocks(a, sequence(a.q, a.k, a.extras, task[t].b), task[t].hk, group, task[t].first, task[t].count, adjusts, w);
   }
 }
 
