@@ -50,9 +50,8 @@ def build(name, main, sanitizer=""):
         unseen = source == MODEL and sanitizer == "tsan"  # what passes between the lanes of a warp orders no memory
         objects.append(f"{source.name}.o")
         text += [f"build {objects[-1]}: compile {source}"]
-        text += [
-            f"  flags = {' '.join(common)} {'-O2' if source == MODEL else '-O1'} {'-DMODEL_TSAN' if unseen else checks}"
-        ]
+        level = "-O2" if source == MODEL else "-O0" if sanitizer == "asan" else "-O1"  # -O1 with UBSan: five times -O0
+        text += [f"  flags = {' '.join(common)} {level} {'-DMODEL_TSAN' if unseen else checks}"]
     target = BUILD / name
     text += [f"build {target}: link {' '.join(objects)}", ""]
     (folder / f"{name}.ninja").write_text("\n".join(text))
