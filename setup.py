@@ -28,7 +28,7 @@ if X86:
 WANTED = os.environ.get("LLMFAST_ISAS", " ".join(ISAS)).split()
 SANITIZE = []
 if checks := os.environ.get("LLMFAST_SANITIZE"):
-    SANITIZE = ["-O1", "-g1", f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    SANITIZE = ["-O0", "-g1", f"-fsanitize={checks}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 ARCHS = os.environ.get("LLMFAST_CUDA_ARCHS", "80;90a").split(";")
 
 
