@@ -44,7 +44,7 @@ def add(commands) -> None:
         if name != "bf16":
             about = said.get(name, "") + " (default: %(default)s)"
             c.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=about.strip())
-    c.add_argument("--dropout", type=float, default=0.2, help="default: %(default)s")
+    c.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
     c.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     c.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     c = command(generate, "continue a prompt")

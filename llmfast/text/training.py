@@ -16,17 +16,17 @@ from . import corpus
 
 @dataclass
 class Settings:
-    steps: int = 1500
+    steps: int = 2000
     batch_tokens: int = 1024
     lr: float = 2e-3
-    matrix_lr: float = 0.02
+    matrix_lr: float = 0.03
     warmup: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0
     bf16: bool = False
     seed: int = 0
     save_every: int = 100
-    check_every: int = 50
+    check_every: int = 100
     patience: int = 8
 
 
