@@ -99,7 +99,7 @@ def little_losses(folder, steps=6, resume=True):
     pieces = [
         torch.randint(0, 50, (5 + i % 5,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(40)
     ]
-    s = training.Settings(steps=steps, batch_tokens=64, warmup=3, save_every=3, check_every=2)
+    s = training.Settings(steps=steps, batch_tokens=64, warmup=3, save_every=3, check_every=2, matrix_lr=0.0)
     task = tasks.LanguageModel()
     return training.train(model, task, pieces[:30], s, folder, None, resume, validation=pieces[30:])
 
@@ -109,6 +109,7 @@ def losses_equal(folder, want):
     assert max(abs(a - b) for a, b in zip(got, want, strict=True)) < 1e-5, (got, want)
 
 
+@pytest.mark.long
 def test_data_parallel_training_is_training_on_one(tmp_path):
     pytest.importorskip("safetensors")
     want = little_losses(tmp_path / "one")

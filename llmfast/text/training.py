@@ -16,7 +16,7 @@ from . import corpus
 
 @dataclass
 class Settings:
-    steps: int = 2000
+    steps: int = 2500
     batch_tokens: int = 1024
     lr: float = 2e-3
     matrix_lr: float = 0.03
@@ -31,11 +31,11 @@ class Settings:
 
 
 def rate(s: Settings, step: int) -> float:
-    """The part of the learning rate in a step: linear warm-up, then half a cosine down to a tenth."""
+    """The part of the learning rate in a step: linear warm-up, then half a cosine down to nothing."""
     if step < s.warmup:
         return (step + 1) / s.warmup
     done = (step - s.warmup) / max(1, s.steps - s.warmup)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
@@ -90,7 +90,7 @@ def train(
         losses = restore(model, opts, s, state, best)
     step_of = Step(model, task)
     if world > 1:
-        step_of = nn.parallel.DistributedDataParallel(step_of, find_unused_parameters=True)
+        step_of = nn.parallel.DistributedDataParallel(step_of)
     per_epoch, epoch, start = None, 0, 0
     model.train()
     try:
