@@ -249,10 +249,23 @@ def math_attention(p: Problem) -> Result | None:
     return Result(o.detach(), None, {} if p.do is None else _gradients([(o, p.do)], inputs))
 
 
-def disagreements(p: Problem, got: Result) -> list[str]:
-    """Where a result breaks the rule, in words; empty when it is right."""
-    truth, math = run(p.to(torch.float64), "reference"), math_attention(p)
+class Yardsticks(NamedTuple):
+    """What results of one problem are held against; math is None where PyTorch's MATH attention lacks a feature."""
+
+    truth: Result
+    reference: Result
+    math: Result | None
+
+
+def yardsticks(p: Problem) -> Yardsticks:
+    truth = run(p.to(torch.float64), "reference")
     reference = run(p, "reference") if p.q.dtype != torch.float64 else _rounded_float64(p, truth)
+    return Yardsticks(truth, reference, math_attention(p))
+
+
+def disagreements(p: Problem, got: Result, yards: Yardsticks | None = None) -> list[str]:
+    """Where a result breaks the rule, in words; empty when it is right. yards: where several backends share them."""
+    truth, reference, math = yards or yardsticks(p)
     if "cu_seqlens_q" in p.options:  # (T, heads, D) to (1, heads, T, D): the rule counts by head
         heads_first = lambda r: Result(
             _heads_first("o", r.o), r.lse, {n: _heads_first(n, t) for n, t in r.grads.items()}

@@ -1,5 +1,7 @@
 """`python -m llmfast check`: the case table on this machine, and a support table made from what passed."""
 
+from functools import lru_cache
+
 import torch
 
 from . import backends, cases
@@ -31,18 +33,24 @@ def device_of(backend: str) -> str | None:
     return "cpu"
 
 
+@lru_cache(maxsize=8)  # the backends of a machine go over the few cases of a feature in turn
+def _judge(name, dtype, device):
+    p = cases.problem(cases.CASES[name], dtype, device=device)
+    return p, cases.yardsticks(p)
+
+
 def check_case(name: str, dtype: torch.dtype, backend: str) -> str:
     """'yes', 'forward' where there is no backward, 'no' where the backend refuses; raises RuntimeError on a wrong
     result.
     """
-    p = cases.problem(cases.CASES[name], dtype, device=device_of(backend))
+    p, yards = _judge(name, dtype, device_of(backend))
     tried = [p] if p.do is None else [p, p._replace(do=None, dlse=None)]
     for problem, answer in zip(tried, ("yes", "forward"), strict=False):
         try:
             got = cases.run(problem, backend)
         except NotImplementedError:
             continue
-        if wrong := cases.disagreements(problem, got):
+        if wrong := cases.disagreements(problem, got, yards):
             raise RuntimeError(f"{name} in {str(dtype)[6:]} on {backend} is wrong: {'; '.join(wrong)}")
         return answer
     return "no"

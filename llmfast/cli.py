@@ -1,4 +1,5 @@
-"""python -m llmfast info | check | inspect | train | generate | evaluate | attention-map"""
+"""python -m llmfast info | check | inspect | train | generate | classify | translate | answer | chat | evaluate |
+attention-map"""
 
 import argparse
 import json

@@ -474,7 +474,7 @@ def linear_cross_entropy(
         x: (..., D) hidden states; weight: (V, D); target: (...) int64; bias: (V,). All differentiable but target, once.
         class_weight, ignore_index, label_smoothing, z_loss, softcap: as in `cross_entropy`.
         reduction: "mean" or "sum".
-        chunk: rows at a time; by default as many as make 8 million logits.
+        chunk: rows at a time; by default even parts of at most 16 million logits.
 
     >>> loss = llmfast.linear_cross_entropy(hidden, model.lm_head.weight, target)
     """
@@ -487,6 +487,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"weight: expected (V, {x.shape[-1] if x.dim() else 'D'}) to match x, got shape {tuple(weight.shape)}"
         )
+    kept = weight
     x, weight, _, bias = arguments.autocast(x, weight, None, bias)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
@@ -505,12 +506,14 @@ def linear_cross_entropy(
     spec, extras, _ = _cross_entropy_problem(
         logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
-    chunk = max(16, 2**23 // max(V, 1)) if chunk is None else chunk
+    if chunk is None:
+        parts = -(-rows.shape[0] // max(16, 2**24 // max(V, 1)))
+        chunk = -(-rows.shape[0] // max(parts, 1)) or 1
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     factor = torch.ones_like(y, dtype=wide)
     if reduction == "mean":
         factor = factor / _count(y, spec, extras)
-    return ops.LinearCrossEntropy.apply(rows, weight, bias, y, factor, spec, extras, backend, chunk)
+    return ops.LinearCrossEntropy.apply(rows, kept, bias, y, factor, spec, extras, backend, chunk)
 
 
 def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction):

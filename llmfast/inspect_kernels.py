@@ -26,6 +26,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}  # bytes a block may have
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}  # the tensor-core instruction
 SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
+ROWS = ("softmax", "cross_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -65,8 +66,10 @@ class Compiled(NamedTuple):
 TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq")
 
 
-def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[tuple]:
-    """(name, run): each run calls the launchers of forward and backward for one problem."""
+def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", *ROWS)) -> Iterator[tuple]:
+    """(name, run): each run calls the launchers of forward and backward for one problem. options: of attention, and
+    the operations on rows, which have no head dim.
+    """
     from .kernels import attention, attention_backward, cross_entropy, decode, softmax
     from .spec import (
         NO_CROSS_ENTROPY_EXTRAS,
@@ -113,21 +116,20 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal",)) -> Iterator[
         cross_entropy.forward(x, target, loss, loss, spec, extras)
         cross_entropy.backward(loss, x, target, loss, x, spec, extras)
 
-    for dtype in dtypes:
-        for option in options:
+    masked = SoftmaxExtras(torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128))
+    everything, weighted = CrossEntropySpec(-100, 0.1, 0.01, 30.0), CrossEntropyExtras(torch.ones(32000))
+    for name, dtype in ((n, DTYPES[n]) for n in dtypes):
+        for option in (o for o in options if o not in ROWS):
             for D in dims:
-                yield f"{dtype} D={D} {option}", lambda D=D, t=DTYPES[dtype], o=option: attend(D, t, o)
-        extras = SoftmaxExtras(torch.empty(1, 1, 1, 128, dtype=torch.bool), torch.empty(1, 1, 1, 128))
-        yield f"{dtype} N=128 everything", lambda t=DTYPES[dtype], e=extras: soften(128, t, e)
-        for N in (128, 4096, 32768, 100000):
-            yield f"{dtype} N={N}", lambda N=N, t=DTYPES[dtype]: soften(N, t)
-        for T, V in ((4096, 1000), (4096, 151936), (4, 151936)):
-            yield f"{dtype} T={T} V={V}", lambda T=T, V=V, t=DTYPES[dtype]: classify(T, V, t)
-        everything, weight = CrossEntropySpec(-100, 0.1, 0.01, 30.0), torch.ones(32000)
-        yield (
-            f"{dtype} V=32000 everything",
-            lambda t=DTYPES[dtype], s=everything, w=weight: classify(4, 32000, t, s, CrossEntropyExtras(w)),
-        )
+                yield f"{name} D={D} {option}", lambda D=D, t=dtype, o=option: attend(D, t, o)
+        if "softmax" in options:
+            yield f"{name} N=128 everything", lambda t=dtype: soften(128, t, masked)
+            for N in (128, 4096, 32768, 100000):
+                yield f"{name} N={N}", lambda N=N, t=dtype: soften(N, t)
+        if "cross_entropy" in options:
+            for T, V in ((4096, 1000), (4096, 151936), (4, 151936)):
+                yield f"{name} T={T} V={V}", lambda T=T, V=V, t=dtype: classify(T, V, t)
+            yield f"{name} V=32000 everything", lambda t=dtype: classify(4, 32000, t, everything, weighted)
 
 
 def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
@@ -208,9 +210,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
-    parser.add_argument(
-        "--option", nargs="+", default=("causal",), choices=("causal", "everything", "packed", "decode")
-    )
+    choices = ("causal", "everything", "packed", "decode", *ROWS)
+    parser.add_argument("--option", nargs="+", default=("causal", *ROWS), choices=choices, help="what to compile")
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
     faults = 0

@@ -471,7 +471,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     """sum(factor * cross_entropy(x weight^T + bias)) in chunks of rows, so that the logits never exist whole.
 
     x (T, D), weight (V, D), bias (V,), factor (T,): what each row's loss counts. The gradients are made in the forward,
-    while a chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward.
+    while a chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward. Under autocast
+    weight stays wide outside, and so does its gradient.
     """
 
     @staticmethod
@@ -480,8 +481,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         dx = torch.empty_like(x) if wanted[0] else None
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # sums over chunks
-        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] and not len(x) else None
         dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        ctx.dtypes, weight = (weight.dtype, None if bias is None else bias.dtype), weight.to(x.dtype)
         for i in range(0, x.shape[0], chunk):
             rows = slice(i, i + chunk)
             logits = torch.nn.functional.linear(x[rows], weight, bias)  # (chunk, V)
@@ -492,21 +494,27 @@ class LinearCrossEntropy(torch.autograd.Function):
             d = cross_entropy_backward(factor[rows], logits, target[rows], lse, spec, extras, backend, True)
             if dx is not None:
                 dx[rows] = d @ weight
-            if dweight is not None:
-                dweight += d.mT @ x[rows]
+            if wanted[1]:
+                part = d.mT @ x[rows]  # (V, D)
+                if dweight is None:
+                    dweight = part if chunk >= len(x) else part.to(wide)
+                else:
+                    block = 1024 if x.is_cpu else max(1, len(part))  # widened in cache, not in memory
+                    for to, added in zip(dweight.split(block), part.split(block), strict=True):
+                        to += added
             if dbias is not None:
                 dbias += d.sum(0, dtype=wide)
         ctx.save_for_backward(dx, dweight, dbias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         dx, dweight, dbias = ctx.saved_tensors
-        scaled = lambda t, dtype: None if t is None else (t * g).to(dtype)
+        whole = not _compiling() and g.is_cpu and g == 1  # of a loss that is the last thing computed
+        scaled = lambda t, dtype: None if t is None else (t if whole else t * g.to(t.dtype)).to(dtype)
         return (
-            None if dx is None else dx * g.to(dx.dtype),
+            None if dx is None else scaled(dx, dx.dtype),
             scaled(dweight, ctx.dtypes[0]),
             scaled(dbias, ctx.dtypes[1]),
             *(None,) * 6,

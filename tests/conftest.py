@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import jobs
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "long: runs only in the long tier (--all)")
+    config.addinivalue_line("markers", "job(f, *arguments): waits for what f(*arguments) does meanwhile (jobs.py)")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -25,6 +27,7 @@ def pytest_collection_modifyitems(config, items):
         deselected = [i for i in items if i.get_closest_marker("long")]
         config.hook.pytest_deselected(items=deselected)
         items[:] = [i for i in items if not i.get_closest_marker("long")]
+    items.sort(key=lambda item: bool(jobs.of(item)))
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m
@@ -32,6 +35,12 @@ def pytest_collection_finish(session):
     sample = session.config.getoption("--sample")
     if sample is not None and sample < len(session.items):
         session.items[:] = random.Random(0).sample(session.items, sample)
+    if not session.config.option.collectonly:
+        jobs.start(session.items)
+
+
+def pytest_sessionfinish():
+    jobs.stop()
 
 
 def pytest_terminal_summary(terminalreporter):

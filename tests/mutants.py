@@ -164,7 +164,8 @@ def failing(folder, on_triton, isa, *options):
         child = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
         return ["hangs"]
-    found = [line.split(" - ")[0][7:] for line in child.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    lines = [line for line in child.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    found = [line.split(" - ")[0].split(" ", 1)[1] for line in lines]
     return found or ([] if child.returncode == 0 else [f"ends with {child.returncode}"])
 
 
@@ -178,7 +179,7 @@ def survivors(mutants, isa, workers=2):
         for i in range(workers):
             copy(Path(name, str(i)))
             setup = Path(name, str(i), "setup.py")
-            setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # builds in half the time
+            setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))  # builds in a third of the time of -O1
             folders.put(Path(name, str(i)))
         options = ["-x"]
         for on_triton in {m.path == TRITON for m in mutants}:

@@ -5,6 +5,8 @@ where there is no GPU.
 """
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -17,7 +19,9 @@ from llmfast import backends, check
 def main():
     device_of = check.device_of
     if not torch.cuda.is_available():
-        from tests import conftest, cuda_model
+        sys.path.insert(0, str(Path(__file__).parent))
+        import conftest
+        import cuda_model
 
         conftest.right_arithmetic()
         backends._ops["attention", "cuda"] = cuda_model.attention

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled by nvcc for each GPU: tensor-core instructions, registers, spills, shared memory; no GPU.
 
-The short tier compiles all but float16 attention for sm_80 and sm_90a, --all everything for four GPUs and the whole
-extension. Results are kept in build/cuda_compile until a source changes.
+The short tier compiles each file but float16 attention for sm_80 or sm_90a, --all everything for four GPUs and the
+whole extension. Results are kept in build/cuda_compile until a source changes.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 from cuda_model import conformance
@@ -73,17 +74,20 @@ def compiled(file, arch):
     return found, cubin
 
 
+SHORT = {("attention_bf16", "90a"), ("attention_backward_bf16", "80"), ("softmax", "90a"), ("cross_entropy", "80")}
+
+
 def targets():
     for file in KERNELS:
         for arch in SHARED_LIMIT:
-            short = arch in ("80", "90a") and not file.endswith("fp16")
-            yield pytest.param(file, arch, marks=[] if short else pytest.mark.long)
+            job = jobs.job(compiled, file, arch)
+            yield pytest.param(file, arch, marks=[job] if (file, arch) in SHORT else [job, pytest.mark.long])
 
 
 @needs_nvcc
 @pytest.mark.parametrize(("file", "arch"), list(targets()))
 def test_registers_and_spills(file, arch):
-    found, cubin = compiled(file, arch)
+    found, cubin = jobs.result(compiled, file, arch)
     assert len(found) == KERNELS[file]
     assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT} == {}
     if file == "softmax":  # 1024 threads share 65536 registers
@@ -125,30 +129,38 @@ def test_shared_memory_fits_every_gpu():
     assert done.returncode == 0, done.stderr
 
 
-@needs_nvcc
-@pytest.mark.long
-def test_the_extension_builds_and_imports_without_a_driver():
+@cache
+def extension():
+    """llmfast._cuda built by setup.py, for the GPUs that it builds for."""
     folder = BUILD / "extension"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
-    environment = {**os.environ, "LLMFAST_CUDA": "1"}
+    environment = {**os.environ, "LLMFAST_CUDA": "1", "LLMFAST_ISAS": "baseline"}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    built = next((folder / "llmfast").glob("_cuda*.so"))
-    assert built.stat().st_size < 30 << 20
+    return next((folder / "llmfast").glob("_cuda*.so"))
+
+
+@needs_nvcc
+@pytest.mark.long
+@jobs.job(extension)
+def test_the_extension_builds_and_imports_without_a_driver():
+    built = jobs.result(extension)
+    assert built.stat().st_size < 30e6
     ask = f"import sys; sys.path.insert(0, {str(built.parent)!r}); import _cuda; print(_cuda.unavailable())"
-    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     said = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert re.search(r"no CUDA-capable device|driver", said.stdout)
 
 
 @needs_nvcc
+@jobs.job(conformance.compile_for_gpu, nvcc())
 def test_the_gpu_does_what_the_host_model_says():
     """Each PTX wrapper bit for bit where there is a GPU; elsewhere the program compiles and notices a changed bit."""
     want = conformance.model()
     changed = {**want, "ldmatrix_x4": ("bits", [want["ldmatrix_x4"][1][0] ^ 1, *want["ldmatrix_x4"][1][1:]])}
     assert len(list(conformance.differences(want, changed))) == 1
-    done = subprocess.run([conformance.compile_for_gpu(nvcc())], capture_output=True, text=True)
+    done = subprocess.run([jobs.result(conformance.compile_for_gpu, nvcc())], capture_output=True, text=True)
     if not torch.cuda.is_available():
         assert "no device" in done.stderr
         pytest.skip("no GPU to compare the host model with")

@@ -332,7 +332,7 @@ def test_without_registering():
     model.set_attn_implementation("llmfast2")
 
 
-@pytest.mark.parametrize("name", each(["llama", "gemma2"]))
+@pytest.mark.parametrize("name", ["gemma2", pytest.param("llama", marks=pytest.mark.long)])
 def test_compile(name):
     """Decoding on a static cache under torch.compile with a whole graph."""
     model = make(name)

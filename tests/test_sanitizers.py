@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
+import jobs
 import mutants
 import pytest
 
@@ -41,15 +43,17 @@ def build(checks, isas, root=ROOT):
     """The package with an extension built with sanitizers, in a folder of its own; the path to put first."""
     if reason := lacking(checks):
         pytest.skip(reason)
-    folder = root / "build" / checks.partition(",")[0]
+    folder = root / "build" / f"{checks.partition(',')[0]}-{len(isas)}"
     env = os.environ | {"LLMFAST_CUDA": "0", "LLMFAST_SANITIZE": checks, "LLMFAST_ISAS": " ".join(isas)}
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", f"{folder}-temp", "--build-lib", folder]
     subprocess.run(command, cwd=root, env=env, check=True, stderr=subprocess.DEVNULL)
     return folder
 
 
-def run(checks, package, isa, *arguments):
-    """pytest in a child on that build."""
+@cache
+def run(checks, isas, isa, *arguments, root=ROOT):
+    """pytest in a child on such a build."""
+    package = build(checks, isas, root)
     where = lambda name: subprocess.run(
         [CXX, f"-print-file-name={name}"], capture_output=True, text=True
     ).stdout.strip()
@@ -76,9 +80,13 @@ def run(checks, package, isa, *arguments):
     return subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def isas():
-    cpu = pytest.importorskip("llmfast._cpu", reason="llmfast._cpu is not built")
-    return cpu.supported().split()
+try:
+    from llmfast import _cpu
+
+    ISAS = tuple(_cpu.supported().split())
+except ImportError:
+    ISAS = ()
+needs_cpu = pytest.mark.skipif(not ISAS, reason="llmfast._cpu is not built")
 
 
 def check(child):
@@ -88,21 +96,32 @@ def check(child):
     assert "runtime error" not in child.stdout, child.stdout[-6000:]
 
 
-@pytest.mark.parametrize(("checks", "sample"), [("address,undefined", 40), ("thread", 10)])
-def test_sample(checks, sample):
-    best = isas()[:1]
-    check(run(checks, build(checks, best), *best, "--sample", str(sample)))
+def samples():
+    for checks, sample in (("address,undefined", "40"), ("thread", "10")):
+        arguments = checks, ISAS[:1], *ISAS[:1], "--sample", sample
+        yield pytest.param(arguments, id=checks, marks=jobs.job(run, *arguments))
 
 
+@needs_cpu
+@pytest.mark.parametrize("arguments", list(samples()))
+def test_sample(arguments):
+    check(jobs.result(run, *arguments))
+
+
+def suites():
+    for checks in LIBRARIES:
+        for isa in ISAS:
+            yield pytest.param(checks, isa, marks=jobs.job(run, checks, ISAS, isa, "--all"))
+
+
+@needs_cpu
 @pytest.mark.long
-@pytest.mark.parametrize("checks", LIBRARIES)
-@pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "baseline"])
+@pytest.mark.parametrize(("checks", "isa"), list(suites()))
 def test_whole_suite(checks, isa):
-    if isa not in isas():
-        pytest.skip(f"this machine does not run {isa}")
-    check(run(checks, build(checks, isas()), isa, "--all"))
+    check(jobs.result(run, checks, ISAS, isa, "--all"))
 
 
+@needs_cpu
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("checks", "planted", "report"),
@@ -113,7 +132,6 @@ def test_whole_suite(checks, isa):
 )
 def test_planted_fault_is_reported(checks, planted, report, tmp_path):
     mutants.plant(planted, tmp_path)
-    best = isas()[:1]
-    child = run(checks, build(checks, best, tmp_path), *best, "--sample", "40")
+    child = run(checks, ISAS[:1], *ISAS[:1], "--sample", "40", root=tmp_path)
     assert " passed" not in child.stdout
     assert report in child.stdout, child.stdout[-3000:]

@@ -8,8 +8,7 @@ import llmfast
 from llmfast import backends, cases
 
 
-@pytest.mark.parametrize("backend", backends.ORDER)
-@pytest.mark.parametrize(("name", "dtype"), list(sampled(cases.SOFTMAX_CASES, 0.5)))
+@pytest.mark.parametrize(("name", "dtype", "backend"), list(sampled(cases.SOFTMAX_CASES, 0.5, 0.2)))
 def test_agrees_with_float64(name, dtype, backend):
     x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[name], DTYPES[dtype], device=device_of(backend))
     got = run_or_skip(x, options, dy, backend)

@@ -5,24 +5,32 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import jobs
 import pytest
 
 from llmfast import inspect_kernels
-from llmfast.inspect_kernels import MMA, SHARED, TENSOR_CORE, Compiled
+from llmfast.inspect_kernels import MMA, ROWS, SHARED, TENSOR_CORE, Compiled
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-SHORT = [("sm_80", 128, "bf16", "causal"), ("sm_90", 64, "bf16", "everything"), ("sm_90", 128, "bf16", "decode")]
+SHORT = [
+    ("sm_80", 128, "bf16", "causal"),
+    ("sm_90", 64, "bf16", "everything"),
+    ("sm_90", 128, "bf16", "decode"),
+    ("sm_80", 0, "bf16", "cross_entropy"),
+    ("sm_90", 0, "bf16", "softmax"),
+]
 LONG = [
     (a, d, t, o)
     for a in SHARED
-    for d in (64, 128, 256)
     for t in ("bf16", "fp32")
-    for o in ("causal", "decode", "packed", "everything")
+    for o in ("causal", "decode", "packed", "everything", *ROWS)
+    for d in ((0,) if o in ROWS else (64, 128, 256))
 ]
 OLDER = [
     ("sm_80", 128, "bf16", "packed"),
@@ -32,15 +40,20 @@ OLDER = [
     ("sm_90", 256, "bf16", "causal"),
     ("sm_100", 128, "bf16", "causal"),
     ("sm_120", 64, "bf16", "causal"),
+    ("sm_90", 0, "bf16", "softmax"),
+    ("sm_90", 0, "bf16", "cross_entropy"),
 ]
 # bytes a thread; dk and dv of 128 columns and the scores of two products are live at once
 SPILLS = {"attention_bwd_dkdv": 192, "attention_bwd_dq": 64}
 WITH_OPTIONS = 1024  # all options at once, or float32 at a head dim of 256: right, but not what tiles are chosen for
 
 
-def compiled(arch, D, dtype, option, **variables):
-    """In a process of its own: Triton compiles or interprets, decided at import."""
-    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"} | variables
+@cache
+def compiled(arch, D, dtype, option, folder=None):
+    """In a process of its own: Triton compiles or interprets, decided at import. folder: of another Triton."""
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    if folder:
+        environment["PYTHONPATH"] = str(folder)
     command = [sys.executable, "-W", "ignore", "-m", "llmfast.inspect_kernels", "--json"]
     done = subprocess.run(
         [*command, "--arch", arch, "--dim", str(D), "--dtype", dtype, "--option", option],
@@ -52,7 +65,7 @@ def compiled(arch, D, dtype, option, **variables):
 
 
 def check(found, arch, D, dtype, option):
-    assert {c.kernel for c in found} & set(TENSOR_CORE)
+    assert any(c.kernel.startswith((option,) if option in ROWS else TENSOR_CORE) for c in found)
     for c in found:
         assert c.faults() == [], str(c)
         hard = option == "everything" or (dtype == "fp32" and D == 256)
@@ -61,32 +74,44 @@ def check(found, arch, D, dtype, option):
             assert c.instructions[MMA[arch]], str(c)
 
 
-@pytest.mark.parametrize(
-    ("arch", "D", "dtype", "option"),
-    [pytest.param(*row, marks=[] if row in SHORT else pytest.mark.long) for row in dict.fromkeys([*SHORT, *LONG])],
-)
+def rows():
+    for row in dict.fromkeys([*SHORT, *LONG]):
+        job = jobs.job(compiled, *row)
+        yield pytest.param(*row, marks=[job] if row in SHORT else [job, pytest.mark.long])
+
+
+@pytest.mark.parametrize(("arch", "D", "dtype", "option"), list(rows()))
 def test_compiles_well(arch, D, dtype, option):
-    check(compiled(arch, D, dtype, option), arch, D, dtype, option)
+    check(jobs.result(compiled, arch, D, dtype, option), arch, D, dtype, option)
 
 
-@pytest.fixture(scope="module")
-def triton_36(tmp_path_factory):
+@cache
+def triton_36():
     """A folder that holds Triton 3.6.0, and a numpy of its time."""
-    folder = tmp_path_factory.mktemp("triton_36")
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
-    done = subprocess.run([*pip, "triton==3.6.0", "numpy==2.3.5"], capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"triton 3.6.0 was not found: {done.stderr.strip().splitlines()[-1]}")
+    folder = ROOT / "build" / "triton_36"
+    if not list(folder.glob("triton-3.6.0.dist-info")):
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder)]
+        done = subprocess.run([*pip, "triton==3.6.0", "numpy==2.3.5"], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"triton 3.6.0 was not found: {done.stderr.strip().splitlines()[-1]}")
+    asked = [sys.executable, "-c", "import triton; print(triton.__version__)"]
+    found = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(folder)}, capture_output=True, text=True)
+    assert found.stdout == "3.6.0\n", found.stderr[-3000:]
     return folder
 
 
+@cache
+def compiled_by_36(arch, D, dtype, option):
+    return compiled(arch, D, dtype, option, triton_36())
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("arch", "D", "dtype", "option"), OLDER)
-def test_compiles_well_with_triton_36(triton_36, arch, D, dtype, option):
-    asked = [sys.executable, "-c", "import triton; print(triton.__version__)"]
-    found = subprocess.run(asked, env={**os.environ, "PYTHONPATH": str(triton_36)}, capture_output=True, text=True)
-    assert found.stdout == "3.6.0\n", found.stderr[-3000:]
-    check(compiled(arch, D, dtype, option, PYTHONPATH=str(triton_36)), arch, D, dtype, option)
+@pytest.mark.parametrize(
+    ("arch", "D", "dtype", "option"),
+    [pytest.param(*row, marks=jobs.job(compiled_by_36, *row)) for row in OLDER],
+)
+def test_compiles_well_with_triton_36(arch, D, dtype, option):
+    check(jobs.result(compiled_by_36, arch, D, dtype, option), arch, D, dtype, option)
 
 
 def test_several_architectures_in_one_process():

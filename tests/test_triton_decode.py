@@ -34,7 +34,7 @@ def skip_unless_it_runs():
         pytest.skip(reason)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_agrees_with_float64(name, dtype):
     skip_unless_it_runs()

@@ -111,7 +111,7 @@ def _bert(f: Fields) -> Config:
 
 
 def _own(f: Fields) -> Config:
-    return Config(**{k: tuple(v) if k == "windows" else v for k, v in f.get("config", {}).items()})
+    return Config(**{k: tuple(v) if k in ("windows", "labels") else v for k, v in f.get("config", {}).items()})
 
 
 FAMILIES = {"gpt2": _gpt2, "bert": _bert, "llmfast": _own} | dict.fromkeys(
@@ -299,7 +299,7 @@ def _rows(ours, c, total, parts):
 
 def family(c: Config) -> str:
     """The model_type that can hold a Config; llmfast where only this library can build it."""
-    if c.kind == "encoder-decoder" or c.position == "sinusoidal":
+    if c.kind == "encoder-decoder" or c.position == "sinusoidal" or c.labels:
         return "llmfast"
     biased = c.qkv_bias and c.out_bias and c.mlp_bias and c.norm == "layer" and c.position == "learned"
     plain = c.kv_heads == c.heads and c.head_dim * c.heads == c.dim and not c.windows and not c.qk_norm

@@ -50,6 +50,7 @@ class Config:
     tied: bool = True
     token_types: int = 0
     mlm_head: bool = False  # BERT's: a dense layer and a norm before the words
+    labels: tuple = ()  # of a classifier, which has them instead of words
     dropout: float = 0.0
 
     def __post_init__(self):
@@ -104,14 +105,18 @@ class Cache:
 
     def __init__(self, config: Config, batch: int, length: int, like: Tensor):
         shape = (config.layers, batch, 2 * config.kv_heads, length, config.head_dim)
-        self.kv = like.new_empty(shape)
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=like.device)
+        self._over(like.new_empty(shape), torch.zeros(batch, dtype=torch.int32, device=like.device))
         self.cross = None  # of an encoder-decoder, for each layer k and v (B, Hk, M, D) of the memory
         self.memory_lengths = None
 
+    def _over(self, kv, lengths):
+        self.kv, self.lengths = kv, lengths
+        self.layers = [(layer, *layer.chunk(2, 1)) for layer in kv]
+        self.heads = torch.arange(kv[0, :, :, 0, 0].numel(), device=kv.device).view(kv.shape[1:3]) * kv.shape[3]
+
     def __getitem__(self, b: int) -> "Cache":
         one = object.__new__(Cache)
-        one.kv, one.lengths = self.kv[:, b : b + 1], self.lengths[b : b + 1]
+        one._over(self.kv[:, b : b + 1], self.lengths[b : b + 1])
         one.cross = self.cross and [(k[b : b + 1], v[b : b + 1]) for k, v in self.cross]
         one.memory_lengths = None if self.memory_lengths is None else self.memory_lengths[b : b + 1]
         return one
@@ -122,17 +127,23 @@ class Cache:
         self.kv[..., :used, :] = self.kv[:, rows, :, :used]
         self.lengths = self.lengths[rows]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """Writes k and v (B, Hk, N, D) behind what is there, and attends; N = 1, or B = 1."""
-        kv, Hk, N = self.kv[layer], k.shape[1], k.shape[2]
+    def begin(self, N: int) -> None:
+        """Before the layers: where their N new tokens go; N = 1, or B = 1."""
         if N == 1:
-            at = torch.arange(kv.shape[0], device=kv.device), slice(None), self.lengths.long()
-            kv[at] = torch.cat([k, v], 1)[:, :, 0]
-            return llmfast.attention_decode(q, kv[:, :Hk], kv[:, Hk:], self.lengths + 1, window=window)
-        used = int(self.lengths)
-        kv[:, :Hk, used : used + N], kv[:, Hk:, used : used + N] = k, v
-        seen = kv[:, :, : used + N]
-        return llmfast.attention(q, seen[:, :Hk], seen[:, Hk:], causal=True, window=window)
+            self.rows = (self.heads + self.lengths[:, None]).flatten()  # (B 2 Hk,) of a layer's (B 2 Hk M, D)
+        else:
+            self.used = int(self.lengths)
+        self.seen = self.lengths + N
+
+    def attend(self, layer: int, q: Tensor, new: Tensor, window: int | None) -> Tensor:
+        """Writes new (B, N, 2 Hk, D), keys and values, behind what is there, and attends with q (B, H, N, D)."""
+        kv, k, v = self.layers[layer]
+        if q.shape[2] == 1:
+            kv.view(-1, kv.shape[-1]).index_copy_(0, self.rows, new.reshape(-1, kv.shape[-1]))
+            return llmfast.attention_decode(q, k, v, self.seen, window=window)
+        end = self.used + q.shape[2]
+        kv[:, :, self.used : end] = new.transpose(1, 2)
+        return llmfast.attention(q, k[:, :, :end], v[:, :, :end], causal=True, window=window)
 
 
 def rope_angles(c: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -190,18 +201,23 @@ class Attention(nn.Module):
         self.watch = None  # called with q, k and causal: for looking at the weights
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (-1, self.D)).split((self.H, self.Hk, self.Hk), 2)  # (B, N, heads, D)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if where.rope is not None:
-            q, k = rotate(q, where.rope), rotate(k, where.rope)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        qkv = self.qkv(x).view(*x.shape[:2], -1, self.D)  # (B, N, H + 2 Hk, D)
+        q, kv = qkv[:, :, : self.H], qkv[:, :, self.H :]
+        if self.q_norm is not None or where.rope is not None:
+            k, v = kv.chunk(2, 2)
+            if self.q_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if where.rope is not None:
+                q, k = rotate(q, where.rope), rotate(k, where.rope)
+            kv = torch.cat([k, v], 2) if where.cache is not None else (k, v)
+        q = q.transpose(1, 2)
+        if where.cache is not None:
+            o = where.cache.attend(self.layer, q, kv, self.window)
+            return self.out(o.transpose(1, 2).flatten(2))
+        k, v = (t.transpose(1, 2) for t in (kv if isinstance(kv, tuple) else kv.chunk(2, 2)))
         if self.watch is not None:
             self.watch(q, k, self)
-        if where.cache is not None:
-            o = where.cache.attend(self.layer, q, k, v, self.window)
-        else:
-            o = self.attend(q, k, v, where.cu_seqlens, where.cu_seqlens)
+        o = self.attend(q, k, v, where.cu_seqlens, where.cu_seqlens)
         return self.out(o.transpose(1, 2).flatten(2))
 
     def across(self, x: Tensor, where: Where) -> Tensor:
@@ -249,16 +265,21 @@ class Block(nn.Module):
         if cross:
             self.norm_cross, self.cross = norm(c), Attention(c, layer, False, cross=True)
         self.norm2, self.mlp = norm(c), Mlp(c)
+        self.crosses = cross
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
-        x = self.residual(x, self.norm1, lambda x: self.attention(x, where))
-        if hasattr(self, "cross"):
-            x = self.residual(x, self.norm_cross, lambda x: self.cross.across(x, where))
-        return self.residual(x, self.norm2, self.mlp)
+        if self.norm_first:
+            x = x + self.drop(self.attention(self.norm1(x), where))
+            if self.crosses:
+                x = x + self.drop(self.cross.across(self.norm_cross(x), where))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = self.norm1(x + self.drop(self.attention(x, where)))
+        if self.crosses:
+            x = self.norm_cross(x + self.drop(self.cross.across(x, where)))
+        return self.norm2(x + self.drop(self.mlp(x)))
 
-    def residual(self, x, norm, sublayer):
-        drop = partial(F.dropout, p=self.dropout, training=self.training and self.dropout > 0)
-        return x + drop(sublayer(norm(x))) if self.norm_first else norm(x + drop(sublayer(x)))
+    def drop(self, x):
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
 
 
 class Stack(nn.Module):
@@ -280,7 +301,8 @@ class Stack(nn.Module):
         else:
             where = where._replace(rope=rope_angles(self.c, positions, x.dtype))
         x = x if self.first is None else self.first(x)
-        x = F.dropout(x, self.c.dropout, self.training and self.c.dropout > 0)
+        if self.training and self.c.dropout:
+            x = F.dropout(x, self.c.dropout)
         for block in self.blocks:
             x = block(x, where)
         return x if self.last is None else self.last(x)
@@ -303,6 +325,7 @@ class Transformer(nn.Module):
         self.decoder = Stack(c, causal=True, cross=c.kind != "decoder") if c.kind != "encoder" else None
         self.transform = nn.Sequential(Linear(c.dim, c.dim), nn.GELU(), norm(c)) if c.mlm_head else None
         self.head = Linear(c.dim, c.vocab_size, bias=c.mlm_head)
+        self.classes = Linear(c.dim, len(c.labels)) if c.labels else None
         self.tie()
         if self.embed.weight.device.type != "meta":
             self.apply(self._start)
@@ -310,6 +333,10 @@ class Transformer(nn.Module):
     def tie(self):
         if self.config.tied:
             self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
 
     def _start(self, module):
         """Normal(0, 0.02); what is added to x over sqrt(2 layers) of it, so that x keeps its size with depth."""
@@ -345,6 +372,7 @@ class Transformer(nn.Module):
             positions = positions - torch.repeat_interleave(cu[:-1], lengths, output_size=longest)
             longest = int(lengths.max()) if lengths.is_cpu and lengths.numel() else 0
         elif cache is not None:
+            cache.begin(ids.shape[-1])
             positions = cache.lengths[:, None] + positions
             longest = 0  # whoever made the cache made it no longer than the positions reach
         if longest > self.config.max_length:
@@ -370,13 +398,23 @@ class Transformer(nn.Module):
         """Logits (*ids.shape, vocab_size); the options are `hidden`'s."""
         return self.words(self.hidden(ids, **options))
 
+    def classify(self, ids: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Scores (B, labels) of packed sequences, from the mean of each one's last hidden states."""
+        x = self.hidden(ids, cu_seqlens=cu_seqlens)
+        mean = torch.segment_reduce(x.float(), "mean", lengths=cu_seqlens.diff().long(), axis=0)
+        return self.classes(mean.to(x.dtype))
+
     def loss(self, ids: Tensor, target: Tensor, **options) -> Tensor:
         """Mean cross entropy of target (ids' shape, -100 where nothing is asked); the logits never exist whole."""
         x = self.hidden(ids, **options)
         x = x if self.transform is None else self.transform(x)
         return llmfast.linear_cross_entropy(x, self.head.weight, target, bias=self.head.bias)
 
-    def remember(self, cache: Cache, memory: Tensor, lengths: Tensor) -> None:
-        """Puts the keys and values of memory (B, M, dim), lengths (B,) int32, into the cache, once for all steps."""
-        cache.cross = [block.cross.keys(memory) for block in self.decoder.blocks]
-        cache.memory_lengths = lengths
+    def remember(self, cache: Cache, memory: list[Tensor], times: int = 1) -> None:
+        """Puts the keys and values of each memory (M, dim), `times` over, into the cache, once for all steps."""
+        lengths = torch.tensor([len(m) for m in memory], dtype=torch.int32, device=self.device)
+        cache.memory_lengths, cache.cross = lengths.repeat_interleave(times), []
+        for block in self.decoder.blocks:
+            both = [torch.cat(block.cross.keys(m[None]), 1)[0].transpose(0, 1) for m in memory]  # (M, 2 Hk, D) each
+            both = nn.utils.rnn.pad_sequence(both, batch_first=True).repeat_interleave(times, 0).transpose(1, 2)
+            cache.cross.append(both.chunk(2, 1))

@@ -12,10 +12,11 @@ END = "<|endoftext|>"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]")
 
 
-def load(path) -> list[str]:
-    """One text a line of .txt, the field "text" of each line of .jsonl, the first column of .tsv; cleaned, none empty.
+def load(path, columns: int = 1) -> list[tuple[str, ...]]:
+    """Rows of so many texts, cleaned, none empty.
 
-    Raises ValueError that names the file and the line.
+    A line of .txt is one text; of .tsv, texts between tabs; of .jsonl, an object with "text", or with its texts in
+    the order of the columns. Raises ValueError that names the file and the line.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl", ".tsv"):
@@ -26,25 +27,27 @@ def load(path) -> list[str]:
         raise ValueError(f"{path}: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
         raise ValueError(f"{path}: not UTF-8 (byte {problem.start})") from None
-    texts = [_text(line, path.suffix, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    texts = [t for t in map(clean, texts) if t]
-    if not texts:
+    rows = [_row(line, path.suffix, columns, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
+    rows = [row for row in (tuple(map(clean, r)) for r in rows) if all(row)]
+    if not rows:
         raise ValueError(f"{path}: holds no text")
-    return texts
+    return rows
 
 
-def _text(line, suffix, where):
-    if suffix == ".txt":
-        return line
-    if suffix == ".tsv":
-        return line.split("\t")[0]
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as problem:
-        raise ValueError(f"{where}: not JSON ({problem.msg})") from None
-    if not isinstance(found, dict) or not isinstance(found.get("text"), str):
-        raise ValueError(f'{where}: expected an object with a string "text"')
-    return found["text"]
+def _row(line, suffix, columns, where):
+    if suffix == ".jsonl":
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as problem:
+            raise ValueError(f"{where}: not JSON ({problem.msg})") from None
+        if columns == 1 and (not isinstance(found, dict) or not isinstance(found.get("text"), str)):
+            raise ValueError(f'{where}: expected an object with a string "text"')
+        row = [found["text"]] if columns == 1 else list(found.values()) if isinstance(found, dict) else []
+    else:
+        row = [line] if suffix == ".txt" else line.split("\t")
+    if len(row) < columns or not all(isinstance(text, str) for text in row[:columns]):
+        raise ValueError(f"{where}: expected {columns} texts, got {len(row)}")
+    return row[:columns]
 
 
 def clean(text: str) -> str:
@@ -52,14 +55,17 @@ def clean(text: str) -> str:
     return CONTROL.sub("", unicodedata.normalize("NFC", text).replace(END, " ")).strip()
 
 
-def distinct(texts: list[str], near: float = 0.9) -> list[str]:
-    """Each text once; also without those whose character 5-grams are shared to `near` (Jaccard) with an earlier one.
+def distinct(rows: list[tuple[str, ...]], near: float = 0.8) -> list[tuple[str, ...]]:
+    """Each row's first text once; also without those whose character 5-grams are shared to `near` (Jaccard) with an
+    earlier one.
 
     Only texts that share a 5-gram are compared, the rarest first, so that most pairs are never looked at.
     """
-    kept, grams_of, index = [], [], {}
-    for text in dict.fromkeys(texts):
-        plain = re.sub(r"\s+", " ", text.casefold())
+    kept, grams_of, index, first = [], [], {}, {}
+    for row in rows:
+        first.setdefault(row[0], row)
+    for row in first.values():
+        plain = re.sub(r"\s+", " ", row[0].casefold())
         grams = {plain[i : i + 5] for i in range(max(1, len(plain) - 4))}
         allowed = int((1 - near) * len(grams)) + 1  # near alike: one of any so many grams is shared
         rare = sorted(grams, key=lambda g: len(index.get(g, ())))[:allowed]
@@ -68,18 +74,18 @@ def distinct(texts: list[str], near: float = 0.9) -> list[str]:
             continue
         for g in grams:
             index.setdefault(g, []).append(len(kept))
-        kept.append(text)
+        kept.append(row)
         grams_of.append(grams)
     return kept
 
 
-def split(texts: list[str], held_out: float = 0.1, name: str = "") -> tuple[list[str], list[str]]:
-    """(training, held out): a text's side depends on it and on name alone, whatever file or order it comes in."""
+def split(rows: list[tuple[str, ...]], held_out: float = 0.1, name: str = "") -> tuple[list, list]:
+    """(training, held out): a row's side depends on its first text and on name alone, whatever file it comes in."""
     sides = ([], [])
-    for text in texts:
-        sides[zlib.crc32((text + name).encode()) % 1000 < held_out * 1000].append(text)
+    for row in rows:
+        sides[zlib.crc32((row[0] + name).encode()) % 1000 < held_out * 1000].append(row)
     if not all(sides):
-        raise ValueError(f"{len(texts)} texts are too few to hold {held_out:.0%} out")
+        raise ValueError(f"{len(rows)} texts are too few to hold {held_out:.0%} out")
     return sides
 
 
@@ -121,21 +127,41 @@ def sequences(texts: list[str], tokenizer, max_length: int) -> list[list[int]]:
     return out
 
 
-def packed(pieces: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def joined(sequences: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """ids (T,) one sequence behind another, and cu_seqlens (B + 1,)."""
+    ids = torch.tensor([t for s in sequences for t in s])
+    return ids.to(device), torch.tensor([0] + [len(s) for s in sequences]).cumsum(0).int().to(device)
+
+
+def packed(pieces: list[list[int]], device="cpu") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids (T,), target (T,) and cu_seqlens (pieces + 1,): each token and the one after it, without padding."""
-    ids = torch.tensor([t for p in pieces for t in p[:-1]])
-    target = torch.tensor([t for p in pieces for t in p[1:]])
-    return ids, target, torch.tensor([0] + [len(p) - 1 for p in pieces]).cumsum(0).int()
+    ids, cu = joined([p[:-1] for p in pieces], device)
+    return ids, torch.tensor([t for p in pieces for t in p[1:]], device=device), cu
 
 
-def batches(pieces: list[list[int]], tokens: int, epoch: int, seed: int) -> list[list[list[int]]]:
+def in_order(pieces: list, tokens: int, size=len) -> list[list]:
+    """Batches of about so many tokens, in the order given."""
+    out, total = [[]], 0
+    for piece in pieces:
+        if total and total + size(piece) > tokens:
+            out.append([])
+            total = 0
+        out[-1].append(piece)
+        total += size(piece)
+    return out
+
+
+def batches(pieces: list, tokens: int, epoch: int, seed: int, size=len) -> list[list]:
     """An epoch's batches of about so many tokens, in an order that follows from seed and epoch alone."""
     g = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    out, size = [[]], 0
-    for i in torch.randperm(len(pieces), generator=g).tolist():
-        if size and size + len(pieces[i]) > tokens:
-            out.append([])
-            size = 0
-        out[-1].append(pieces[i])
-        size += len(pieces[i])
-    return out
+    return in_order([pieces[i] for i in torch.randperm(len(pieces), generator=g).tolist()], tokens, size)
+
+
+def words(text: str) -> list[tuple[str, str]]:
+    """Words and their parts of speech ("n", "v", ...), by jieba; English words are "eng"."""
+    import logging
+
+    import jieba.posseg
+
+    jieba.setLogLevel(logging.WARNING)
+    return [(w.word, w.flag) for w in jieba.posseg.cut(text) if w.word.strip()]

@@ -1,4 +1,4 @@
-"""The decoding loop: prompts read one at a time into a static cache, then all sequences a token at a time."""
+"""The decoding loop, and who picks the next token in it: the likeliest, a draw, or a beam search."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,84 @@ import torch
 
 from .. import functional as llmfast
 from ..models import Cache
+from . import corpus
+
+
+def decode(model, cache, logits, pick, steps: int) -> Iterator[list[int]]:
+    """Yields the tokens that pick takes from logits (B, V), step by step, until it is done or the cache is full.
+
+    pick(logits) gives B tokens and, for a beam search, which sequence each of them goes on from.
+    """
+    room = cache.kv.shape[3]
+    for step in range(steps):
+        tokens, rows = pick(logits)
+        yield tokens
+        full = (cache.lengths >= room).tolist()
+        if step + 1 == steps or pick.done(full):
+            return
+        if rows is not None:
+            cache.reorder(torch.tensor(rows, device=model.device))
+        cache.lengths.clamp_(max=room - 1)  # who is full has stopped: what is written there is never looked at
+        logits = model(torch.tensor(tokens, device=model.device)[:, None], cache=cache)[:, 0]
+
+
+class Sampler:
+    """Each sequence's likeliest token, or one drawn; the first that stops a sequence and what follows don't count."""
+
+    def __init__(self, batch, device, temperature=0.0, top_k=0, top_p=1.0, stop=(), seed=0):
+        self.options, self.stop = (temperature, top_k, top_p), stop
+        self.generators = [torch.Generator(device).manual_seed(seed) for _ in range(batch)]
+        self.going = [True] * batch
+
+    def __call__(self, logits):
+        tokens = choose(logits, *self.options, self.generators)
+        self.going = [go and t not in self.stop for go, t in zip(self.going, tokens, strict=True)]
+        return tokens, None
+
+    def done(self, full) -> bool:
+        self.going = [go and not f for go, f in zip(self.going, full, strict=True)]
+        return not any(self.going)
+
+
+class Beam:
+    """The `beams` likeliest beginnings of each of `batch` sentences; the best end has the largest mean log p."""
+
+    def __init__(self, batch: int, beams: int, stop: int):
+        self.K, self.stop = beams, stop
+        self.scores = torch.full((batch, beams), -torch.inf)
+        self.scores[:, 0] = 0.0  # at first all beams of a sentence are the same
+        self.texts = [[] for _ in range(batch * beams)]
+        self.ends = [[] for _ in range(batch)]  # (mean log p, tokens)
+
+    def __call__(self, logits):
+        K, V = self.K, logits.shape[-1]
+        log_p = llmfast.log_softmax(logits.float()).cpu().view(-1, K, V) + self.scores[..., None]
+        best, at = log_p.flatten(1).topk(min(2 * K, K * V))  # at most K of 2 K end
+        tokens, rows, texts = [], [], []
+        for b, (scores, places) in enumerate(zip(best.tolist(), at.tolist(), strict=True)):
+            kept = []
+            for score, place in zip(scores, places, strict=True):
+                row, token = b * K + place // V, place % V
+                if token == self.stop and len(self.ends[b]) < K:  # who has K ends has stopped
+                    self.ends[b].append((score / (len(self.texts[row]) + 1), self.texts[row]))
+                elif token != self.stop and len(kept) < K:
+                    kept.append((score, row, token))
+            self.scores[b] = torch.tensor([score for score, _, _ in kept])
+            rows += [row for _, row, _ in kept]
+            tokens += [token for _, _, token in kept]
+            texts += [[*self.texts[row], token] for _, row, token in kept]
+        self.texts = texts
+        return tokens, rows
+
+    def done(self, full) -> bool:
+        return all(full) or all(len(ends) >= self.K for ends in self.ends)
+
+    def best(self) -> list[list[int]]:
+        """Tokens of each sentence; of one that never ended, its likeliest beginning."""
+        return [
+            max(ends)[1] if ends else self.texts[b * self.K + int(self.scores[b].argmax())]
+            for b, ends in enumerate(self.ends)
+        ]
 
 
 @torch.inference_mode()
@@ -16,35 +94,47 @@ def generate(
     """Yields, step by step, each prompt's next token id; None once it has stopped.
 
     Args:
-        prompts: token ids of each; none empty.
+        prompts: token ids of each; none empty. They are read one at a time, so that no text depends on the others.
         temperature: 0 takes the likeliest token; otherwise one is drawn, from the top_k likeliest (0: all) and of those
             from the fewest whose probabilities reach top_p.
         stop: ids that end a sequence; they are not yielded.
-        seed: of every sequence's own random numbers, so that a text doesn't depend on the others.
+        seed: of every sequence's own random numbers.
 
     Raises:
         ValueError: an option out of range, or a prompt that leaves no room.
     """
     check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     longest = max(map(len, prompts)) + max_new_tokens
-    device = model.embed.weight.device
     cache = Cache(model.config, len(prompts), min(longest, model.config.max_length), model.embed.weight)
-    generators = [torch.Generator(device).manual_seed(seed) for _ in prompts]
     rows = []
     for b, prompt in enumerate(prompts):
-        hidden = model.hidden(torch.tensor([prompt], device=device), cache=cache[b])
+        hidden = model.hidden(torch.tensor([prompt], device=model.device), cache=cache[b])
         rows.append(model.words(hidden[:, -1]))
-    logits = torch.cat(rows)  # (B, V)
-    going, room = [True] * len(prompts), cache.kv.shape[3]
-    for step in range(max_new_tokens):
-        tokens = choose(logits, temperature, top_k, top_p, generators)
-        going = [go and t not in stop for go, t in zip(going, tokens, strict=True)]
-        yield [t if go else None for go, t in zip(going, tokens, strict=True)]
-        going = [go and n < room for go, n in zip(going, cache.lengths.tolist(), strict=True)]
-        if step + 1 == max_new_tokens or not any(going):
-            return
-        cache.lengths.clamp_(max=room - 1)  # who is full has stopped: what is written there is never looked at
-        logits = model(torch.tensor(tokens, device=device)[:, None], cache=cache)[:, 0]
+    pick = Sampler(len(prompts), model.device, temperature, top_k, top_p, stop, seed)
+    for tokens in decode(model, cache, torch.cat(rows), pick, max_new_tokens):
+        yield [t if go else None for go, t in zip(pick.going, tokens, strict=True)]
+
+
+@torch.inference_mode()
+def translate(model, tokenizer, sentences: list[str], beams: int = 4, batch: int = 16) -> list[str]:
+    """Each sentence's translation by an encoder-decoder, the best of a beam search."""
+    if beams < 1:
+        raise ValueError(f"beams: expected at least 1, got {beams}")
+    end, length, out = tokenizer.token_to_id(corpus.END), model.config.max_length, []
+    for some in (sentences[i : i + batch] for i in range(0, len(sentences), batch)):
+        heard = [[end, *e.ids] for e in tokenizer.encode_batch(some)]
+        if longest := next((h for h in heard if len(h) > length), None):
+            raise ValueError(f"a sentence of {len(longest)} tokens is longer than the model's {length}")
+        memory = [model.encode(torch.tensor([h], device=model.device))[0] for h in heard]
+        steps = min(length, 2 * max(map(len, heard)) + 20)
+        cache = Cache(model.config, len(some) * beams, steps, model.embed.weight)
+        model.remember(cache, memory, beams)
+        first = torch.full((len(some) * beams, 1), end, device=model.device)
+        pick = Beam(len(some), beams, end)
+        for _ in decode(model, cache, model(first, cache=cache)[:, 0], pick, steps):
+            pass
+        out += [tokenizer.decode(ids).strip() for ids in pick.best()]
+    return out
 
 
 def check(model, prompts, max_new_tokens, temperature, top_k, top_p):

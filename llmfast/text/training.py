@@ -1,4 +1,4 @@
-"""Training: AdamW, warm-up and cosine, gradient clipping, bf16 autocast, checkpoints that a killed run goes on from."""
+"""Training: Muon and AdamW, warm-up and cosine, clipping, bf16 autocast, checkpoints that a killed run goes on from."""
 
 import json
 import math
@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from .. import models
 from . import corpus
@@ -14,57 +16,82 @@ from . import corpus
 
 @dataclass
 class Settings:
-    steps: int = 300
-    batch_tokens: int = 2048
-    lr: float = 1e-3
+    steps: int = 2500
+    batch_tokens: int = 1024
+    lr: float = 2e-3
+    matrix_lr: float = 0.03
     warmup: int = 20
     weight_decay: float = 0.1
     clip: float = 1.0
     bf16: bool = False
     seed: int = 0
     save_every: int = 100
-    check_every: int = 25
+    check_every: int = 100
     patience: int = 8
 
 
 def rate(s: Settings, step: int) -> float:
-    """Linear warm-up, then half a cosine down to a tenth."""
+    """The part of the learning rate in a step: linear warm-up, then half a cosine down to nothing."""
     if step < s.warmup:
-        return s.lr * (step + 1) / s.warmup
+        return (step + 1) / s.warmup
     done = (step - s.warmup) / max(1, s.steps - s.warmup)
-    return s.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(done, 1.0))))
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def optimizer(model, s: Settings) -> torch.optim.AdamW:
-    """AdamW; biases, norms and other vectors don't decay."""
-    parameters = list(model.parameters())
+def optimizers(model, s: Settings) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for the matrices of the blocks, AdamW for all else; AdamW alone if matrix_lr is 0.
+
+    Biases, norms and other vectors don't decay.
+    """
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.dim() == 2 and ".blocks." in name and s.matrix_lr > 0]
+    taken = set(map(id, matrices))
+    rest = [p for _, p in named if id(p) not in taken]
     groups = [
-        dict(params=[p for p in parameters if p.dim() > 1], weight_decay=s.weight_decay),
-        dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0),
+        dict(params=[p for p in rest if p.dim() > 1], weight_decay=s.weight_decay),
+        dict(params=[p for p in rest if p.dim() < 2], weight_decay=0.0),
     ]
-    return torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=s.lr, betas=(0.9, 0.95), fused=True)
+    muon = [torch.optim.Muon(matrices, lr=s.matrix_lr, weight_decay=s.weight_decay)] if matrices else []
+    return [adamw, *muon]
 
 
-def train_lm(
-    model, pieces, s: Settings, folder, tokenizer=None, resume=False, report=lambda step, loss: None, validation=None
+class Step(nn.Module):
+    """A task's loss as a module's forward: what DistributedDataParallel wraps."""
+
+    def __init__(self, model, task):
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, batch):
+        return self.task.loss(self.model, batch)
+
+
+def train(
+    model, task, examples, s: Settings, folder, tokenizer=None, resume=False, report=lambda step, loss: None,
+    validation=None,
 ):  # fmt: skip
-    """Trains model on token sequences, saving to folder; returns the losses of all steps.
+    """Trains model on the examples of a task (tasks.py), saving to folder; returns the losses of all steps.
 
-    With validation sequences, their loss is taken every check_every steps; the model becomes the best one seen, and
+    With validation examples, their loss is taken every check_every steps; the model becomes the best one seen, and
     training ends when patience checks in a row were no better.
 
-    The state after a step (weights, moments, random numbers, losses) is one file that appears whole. A run that was
-    killed and is resumed has the losses it would have had. Ctrl-C saves and returns.
+    The state after a step (weights, moments, losses) is one file that appears whole; random numbers follow from the
+    step. A run that was killed and is resumed has the losses it would have had. Ctrl-C saves and returns. Under
+    torchrun every process takes its part of each batch; the losses are those of one process, and the first one writes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    opt, losses, state = optimizer(model, s), [], folder / "training.pt"
-    best = dict(loss=math.inf, step=0, model={})
-    torch.manual_seed(s.seed)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    opts, losses, state = optimizers(model, s), [], folder / "training.pt"
+    rates = [[group["lr"] for group in opt.param_groups] for opt in opts]
+    best = dict(loss=math.inf, step=0, model={}, checks=[])
     if resume:
-        losses = restore(model, opt, s, state, best)
-    per_epoch = None
-    epoch, start = 0, 0
+        losses = restore(model, opts, s, state, best)
+    step_of = Step(model, task)
+    if world > 1:
+        step_of = nn.parallel.DistributedDataParallel(step_of)
+    per_epoch, epoch, start = None, 0, 0
     model.train()
     try:
         for step in range(s.steps):
@@ -72,86 +99,108 @@ def train_lm(
                 break
             while per_epoch is None or step - start >= len(per_epoch):
                 start, epoch = (0, 0) if per_epoch is None else (start + len(per_epoch), epoch + 1)
-                per_epoch = corpus.batches(pieces, s.batch_tokens, epoch, s.seed)
+                per_epoch = corpus.batches(examples, s.batch_tokens, epoch, s.seed, task.size)
             if step < len(losses):
                 continue
-            ids, target, cu = corpus.packed(per_epoch[step - start])
-            for group in opt.param_groups:
-                group["lr"] = rate(s, step)
-            with torch.autocast("cpu", torch.bfloat16, enabled=s.bf16):
-                loss = model.loss(ids, target, cu_seqlens=cu)
-            loss.backward()
+            batch = per_epoch[step - start]
+            torch.manual_seed((s.seed * 1_000_003 + step) * world + rank)  # of dropout: the same after a restart
+            mine = batch[rank::world]  # where there are fewer than processes, the rest count an example for nothing
+            part = sum(map(task.asked, mine)) / sum(map(task.asked, batch)) if mine else 0.0
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=s.bf16):
+                loss = step_of(mine or batch[:1]) * part
+            (loss * world).backward()  # the processes' gradients are averaged
             torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
-            opt.step()
-            opt.zero_grad()
+            for opt, base in zip(opts, rates, strict=True):
+                for group, lr in zip(opt.param_groups, base, strict=True):
+                    group["lr"] = lr * rate(s, step)
+                opt.step()
+                opt.zero_grad()
+            loss = loss.detach()
+            if world > 1:
+                dist.all_reduce(loss)
             losses.append(loss.item())
             if validation and (step + 1) % s.check_every == 0:
-                check(model, validation, s, step + 1, best)
+                check(model, task, validation, s, step + 1, best)
             report(step, losses[-1])
             if (step + 1) % s.save_every == 0 and step + 1 < s.steps:
-                keep(model, opt, s, losses, state, best)
+                keep(model, opts, s, losses, state, best)
     except KeyboardInterrupt:
-        opt.zero_grad()
-    keep(model, opt, s, losses, state, best)
+        model.zero_grad()
+    keep(model, opts, s, losses, state, best)
     if best["model"]:
         model.load_state_dict(best["model"])
     model.eval()
-    finish(model, folder, tokenizer, losses)
+    if rank == 0:
+        finish(model, folder, tokenizer, losses, best["checks"])
     return losses
 
 
-def check(model, validation, s, step, best) -> None:
+@torch.no_grad()
+def check(model, task, validation, s, step, best) -> None:
     """Makes best the model where its loss on validation is the smallest so far."""
     model.eval()
-    loss = surprisal(model, validation, s.batch_tokens).mean().item()
+    total = sum(map(task.asked, validation))
+    batches = corpus.in_order(validation, s.batch_tokens, task.size)
+    loss = sum(task.loss(model, b).item() * sum(map(task.asked, b)) for b in batches) / total
     model.train()
+    best["checks"].append((step, loss))
     if loss < best["loss"]:
         best.update(loss=loss, step=step, model={k: v.clone() for k, v in model.state_dict().items()})
 
 
-def keep(model, opt, s, losses, path: Path, best) -> None:
-    everything = dict(model=model.state_dict(), opt=opt.state_dict(), losses=losses, random=torch.get_rng_state())
-    torch.save(everything | {"best": best} | {"settings": asdict(s)}, f"{path}.new")
+def keep(model, opts, s, losses, path: Path, best) -> None:
+    if dist.is_initialized() and dist.get_rank():
+        return
+    everything = dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], losses=losses, best=best)
+    torch.save(everything | dict(settings=asdict(s)), f"{path}.new")
     os.replace(f"{path}.new", path)
 
 
-def restore(model, opt, s, path: Path, best) -> list[float]:
+def restore(model, opts, s, path: Path, best) -> list[float]:
     if not path.is_file():
         return []
     try:
-        found = torch.load(path, weights_only=True)
+        found = torch.load(path, weights_only=True, map_location=model.device)
         before = {k: v for k, v in found["settings"].items() if k != "save_every"}
         if before != {k: v for k, v in asdict(s).items() if k != "save_every"}:
             raise ValueError(f"{path}: was made with other settings ({found['settings']}); use them, or another folder")
         model.load_state_dict(found["model"])
-        opt.load_state_dict(found["opt"])
+        for opt, kept in zip(opts, found["opts"], strict=True):
+            opt.load_state_dict(kept)
         best.update(found["best"])
     except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path}: can't be resumed ({str(problem).splitlines()[0]})") from None
-    torch.set_rng_state(found["random"])
     return found["losses"]
 
 
-def finish(model, folder: Path, tokenizer, losses) -> None:
-    """The model as others can load it: config.json, model.safetensors, tokenizer.json, the losses."""
+def finish(model, folder: Path, tokenizer, losses, checks) -> None:
+    """The model as others can load it: config.json, model.safetensors, tokenizer.json; the losses, and their plot."""
     end = {} if tokenizer is None else dict(eos_token_id=tokenizer.token_to_id(corpus.END))
     end |= {"bos_token_id": end["eos_token_id"]} if end else {}
     models.save(model, folder, **end)
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "losses.json").write_text(json.dumps(losses))
+    plot(losses, checks, folder / "losses.png")
 
 
-@torch.inference_mode()
-def surprisal(model, pieces, batch_tokens: int = 2048) -> torch.Tensor:
-    """-log p of each token after the first of each piece, in order, (T,) float32."""
-    from .. import cross_entropy
+def plot(losses, checks, path) -> None:
+    """Each step's loss, their running mean, and the loss on the validation texts, as a PNG."""
+    import matplotlib
 
-    out, batch = [], []
-    for i, piece in enumerate(pieces):
-        batch.append(piece)
-        if i + 1 == len(pieces) or sum(map(len, batch)) + len(pieces[i + 1]) > batch_tokens:
-            ids, target, cu = corpus.packed(batch)
-            out.append(cross_entropy(model(ids, cu_seqlens=cu), target, reduction="none"))
-            batch = []
-    return torch.cat(out)
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mean, means = losses[0] if losses else 0.0, []
+    for loss in losses:
+        mean += 0.05 * (loss - mean)
+        means.append(mean)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    axis.plot(range(1, len(losses) + 1), losses, color="0.8", linewidth=0.8, label="each step")
+    axis.plot(range(1, len(losses) + 1), means, color="tab:blue", label="running mean")
+    if checks:
+        axis.plot(*zip(*checks, strict=True), "o-", color="tab:orange", markersize=3, label="validation")
+    axis.set(xlabel="step", ylabel="loss (nats)")
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

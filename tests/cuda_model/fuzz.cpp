@@ -2,8 +2,8 @@
 // attention|backward|softmax|cross_entropy FIRST COUNT [SEED [FAULT [SMALL]]]
 //
 // Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the
-// heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result and "N wrong of COUNT"; exit
-// status 1 if there are any.
+// heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result, up to the first where a
+// fault is planted, and "N wrong of COUNT"; exit status 1 if there are any.
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -388,9 +388,10 @@ int main(int count, char** arguments) {
   const auto argument = [&](int i, int otherwise) { return count > i ? std::atoi(arguments[i]) : otherwise; };
   const char what = count > 1 ? arguments[1][0] : 'a';
   const bool small = argument(6, 0);
-  llmfast_model(argument(4, 0), argument(5, 0));
+  const int fault = argument(5, 0);
+  llmfast_model(argument(4, 0), fault);
   int bad = 0;
-  for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1); i++) {
+  for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1) && !(fault && bad); i++) {
     rng.seed(i + 1);
     bad += what == 's' ? softmax(i, small) : what == 'c' ? cross_entropy(i, small) : attention(i, small, what == 'b');
   }
