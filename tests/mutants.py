@@ -79,8 +79,8 @@ MUTANTS = [Mutant(*row) for row in [
     # backward
     (BWD, "diagonal - x.a.spec.left, -1, kBlock", "diagonal - x.a.spec.left + 1, -1, kBlock", "the window's left edge is one key late"),
     (BWD, "x.nk - 1 - v * kLanesOf<C>", "x.nk - v * kLanesOf<C>", "one key past the end counts"),
-    (BWD, "y = load(w.p + at) * scale * (y - w.delta[row + i]);", "y = load(w.p + at) * (y - w.delta[row + i]);", "dS lacks the scale"),
-    (BWD, "y = load(w.p + at) * scale * (y - w.delta[row + i]);", "y = load(w.p + at) * scale * y;", "dS lacks delta"),
+    (BWD, "narrow<T>(k.dk + j * wide(D), D, scale,", "narrow<T>(k.dk + j * wide(D), D, 1,", "dk lacks the scale"),
+    (BWD, "return load(w.p + at) * (y - w.delta[row + i]);", "return load(w.p + at) * y;", "dS lacks delta"),
     (BWD, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),
     (BWD, "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;", "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r)) * slope;", "ALiBi forgets Nk - Nq"),
     (BWD, "dp = kept == 0 ? vec_of<C>{} : dp * kept;", "", "dP is not dropped"),

@@ -182,48 +182,58 @@ LLMFAST_INLINE vec_of<compute<T>> visible(const Block<T>& x, int64_t row, int v,
 
 enum Pass { kSum, kWeights, kGradients };
 
-// Over the rows and strips of a run: kSum adds a b to S; kWeights makes P of scale (S + a b), kGradients dS of dP = a
-// b, with what the products that follow read of them.
+// R rows x V vectors of a run: kSum adds a b to S; kWeights makes P of scale (S + a b), kGradients dS / scale of dP =
+// a b, with what the products that follow read of them.
+template <Pass kPass, int R, int V, class T>
+LLMFAST_INLINE void score_tile(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<unit<T>>& a,
+                               const unit<T>* b, compute<T>* sums, int64_t first, int64_t units, int64_t row, int g) {
+  using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
+  const C scale = static_cast<C>(x.a.spec.scale);
+  product<R, V, C>(a.rows + row * a.stride + first * int64_t(sizeof(*b)), a.stride, sizeof(*b),
+                   b + first * kBlock + g * L, kBlock, units, [&](auto& acc) {
+                     auto each = [&](auto&& f) __attribute__((always_inline)) {
+                       LLMFAST_UNROLL
+                       for (int i = 0; i < R; i++) LLMFAST_UNROLL
+                       for (int v = 0; v < V; v++) acc[i][v] = f(acc[i][v], i, v, (row + i) * kBlock + (g + v) * L);
+                     };
+                     if (first) each([&](auto y, int, int, int64_t at) { return load(sums + at) + y; });
+                     if constexpr (kPass == kWeights)
+                       each([&](auto y, int i, int, int64_t) { return probability<T>(y, scale, w.lse[row + i]); });
+                     if constexpr (kPass == kGradients)
+                       each([&](auto y, int i, int, int64_t at) { return load(w.p + at) * (y - w.delta[row + i]); });
+                     if (kPass != kSum && run.edge)
+                       each([&](auto y, int i, int v, int64_t) { return visible(x, row + i, g + v, y); });
+                     if constexpr (!(kPairs<T> && kPass == kGradients))
+                       each([&](auto y, int, int, int64_t at) { return store(sums + at, y), y; });
+                     if constexpr (kPairs<T> && kPass != kSum) LLMFAST_UNROLL
+                     for (int i = 0; i < R; i += 2) LLMFAST_UNROLL
+                     for (int v = 0; v < V; v++) {
+                       constexpr bool kTwo = R > 1;
+                       const Rounded both = rounded(acc[i][v], kTwo ? acc[i + kTwo][v] : vec{});
+                       store((kPass == kWeights ? w.p_pairs : w.s_pairs) + (row + i) / 2 * kBlock + (g + v) * L,
+                             both.pairs());
+                       if constexpr (kPass == kGradients) {
+                         both.store_first(w.s_rows + (row + i) * kBlock + (g + v) * L);
+                         if (kTwo) both.store_second(w.s_rows + (row + i + 1) * kBlock + (g + v) * L);
+                       }
+                     }
+                   });
+}
+
+// Calls f<R, V>(row, first vector) over the tiles of a run.
+template <class C, class F>
+LLMFAST_INLINE void tiles_of(const Run& run, F&& f) {
+  constexpr int kVectors = kStrip / kLanesOf<C>;
+  vectors(run.c0 * kVectors, run.c1 * kVectors,
+          [&](int g, auto V) { tiles<V.value>(run.r1 - run.r0, [&](int64_t r, auto R) { f(run.r0 + r, g, R, V); }); });
+}
+
 template <Pass kPass, class T>
 void scores(const Block<T>& x, Workspace<T>& w, const Run& run, const Staged<unit<T>>& a, const unit<T>* b,
             compute<T>* sums, int64_t first, int64_t units) {
-  using C = compute<T>;
-  constexpr int L = kLanesOf<C>, kVectors = kStrip / L;
-  const C scale = static_cast<C>(x.a.spec.scale);
-  vectors(run.c0 * kVectors, run.c1 * kVectors, [&](int g, auto V) {
-    tiles<V.value>(run.r1 - run.r0, [&](int64_t r, auto R) {
-      const int64_t row = run.r0 + r;
-      product<R.value, V.value, C>(a.rows + row * a.stride + first * int64_t(sizeof(*b)), a.stride, sizeof(*b),
-                                   b + first * kBlock + g * L, kBlock, units, [&](auto& acc) {
-                                     LLMFAST_UNROLL
-                                     for (int i = 0; i < R.value; i++) LLMFAST_UNROLL
-                                     for (int v = 0; v < V.value; v++) {
-                                       const int64_t at = (row + i) * kBlock + (g + v) * L;
-                                       vec_of<C> y = first ? load(sums + at) + acc[i][v] : acc[i][v];
-                                       if constexpr (kPass == kWeights) y = probability<T>(y, scale, w.lse[row + i]);
-                                       if constexpr (kPass == kGradients)
-                                         y = load(w.p + at) * scale * (y - w.delta[row + i]);
-                                       if constexpr (kPass != kSum) {
-                                         if (run.edge) y = visible(x, row + i, g + v, y);
-                                         acc[i][v] = y;
-                                       }
-                                       if constexpr (!(kPairs<T> && kPass == kGradients)) store(sums + at, y);
-                                     }
-                                     if constexpr (kPairs<T> && kPass != kSum) LLMFAST_UNROLL
-                                     for (int i = 0; i < R.value; i += 2) LLMFAST_UNROLL
-                                     for (int v = 0; v < V.value; v++) {
-                                       constexpr bool kOdd = R.value % 2;
-                                       const int64_t at = (row + i) / 2 * kBlock + (g + v) * L;
-                                       store((kPass == kWeights ? w.p_pairs : w.s_pairs) + at,
-                                             pairs(acc[i][v], kOdd ? vec{} : acc[i + !kOdd][v]));
-                                       if constexpr (kPass == kGradients) {
-                                         storeu(w.s_rows + (row + i) * kBlock + (g + v) * L, acc[i][v]);
-                                         if constexpr (!kOdd)
-                                           storeu(w.s_rows + (row + i + 1) * kBlock + (g + v) * L, acc[i + 1][v]);
-                                       }
-                                     }
-                                   });
-    });
+  tiles_of<compute<T>>(run, [&](int64_t row, int g, auto R, auto V) {
+    score_tile<kPass, R.value, V.value>(x, w, run, a, b, sums, first, units, row, g);
   });
 }
 
@@ -320,14 +330,13 @@ void weights(const Block<T>& x, Workspace<T>& w, const Run& run) {
   }
 }
 
-// dS of P and of dP in w.s, with every option; dbias.
+// dS / scale of P and of dP in w.s, with every option; dbias.
 template <class T>
 void gradients(const Block<T>& x, Workspace<T>& w, const Run& run) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   const AttentionSpec& spec = x.a.spec;
   const Tensor& db = x.a.dbias;
-  const C scale = static_cast<C>(spec.scale);
   for (int64_t r = run.r0; r < run.r1; r++) {
     C* const ds = w.s + r * kBlock;
     for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
@@ -351,10 +360,9 @@ void gradients(const Block<T>& x, Workspace<T>& w, const Run& run) {
         *to += sum;
       }
     }
-    for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++) {
-      const vec_of<C> y = load(ds + g * L) * scale;
-      store(ds + g * L, spec.softcap != 0 ? y * load(w.cap + r * kBlock + g * L) : y);
-    }
+    if (spec.softcap != 0)
+      for (int g = run.c0 * kStrip / L; g < run.c1 * kStrip / L; g++)
+        store(ds + g * L, load(ds + g * L) * load(w.cap + r * kBlock + g * L));
   }
   if constexpr (kPairs<T>) {
     const C* p = spec.dropout_p != 0 ? w.dropped : w.p;
@@ -405,21 +413,22 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
   const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer, step = chunk<C>(x.seq.Nq);
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
+    if (!adjusts && units <= step && D <= 64 && Dv <= 64) {  // K^T and V^T fit L1 together, and P stays there
+      tiles_of<C>(run, [&](int64_t row, int g, auto R, auto V) {
+        score_tile<kWeights, R.value, V.value>(x, w, run, qs, k.kt, w.p, 0, units, row, g);
+        score_tile<kGradients, R.value, V.value>(x, w, run, dos, k.vt, w.s, 0, units_v, row, g);
+      });
+      continue;
+    }
     int64_t d = 0;
     for (; d + step < units; d += step) scores<kSum>(x, w, run, qs, k.kt, w.p, d, step);
     if (adjusts) {
       scores<kSum>(x, w, run, qs, k.kt, w.p, d, units - d);
       weights(x, w, run);
-    } else {
-      scores<kWeights>(x, w, run, qs, k.kt, w.p, d, units - d);
-    }
-  }
-  for (int t = 0; t < count; t++) {
-    const Run& run = runs[t];
-    if (adjusts) {
       scores<kSum>(x, w, run, dos, k.vt, w.s, 0, units_v);
       gradients(x, w, run);
     } else {
+      scores<kWeights>(x, w, run, qs, k.kt, w.p, d, units - d);
       scores<kGradients>(x, w, run, dos, k.vt, w.s, 0, units_v);
     }
   }
@@ -457,12 +466,13 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
   }
 }
 
+// A row of a gradient times a factor; dk and dq are kept without scale, which is cheaper here than in dS.
 template <class T>
-LLMFAST_INLINE void narrow(const compute<T>* from, int64_t n, T* to) {
+LLMFAST_INLINE void narrow(const compute<T>* from, int64_t n, compute<T> factor, T* to) {
   constexpr int L = kLanesOf<compute<T>>;
   int64_t d = 0;
-  for (; d + L <= n; d += L) storeu(to + d, load(from + d));
-  if (d < n) store_part(to + d, load(from + d), n - d);
+  for (; d + L <= n; d += L) storeu(to + d, loadu(from + d) * factor);
+  if (d < n) store_part(to + d, loadu(from + d) * factor, n - d);
 }
 
 // dq of one sequence and the heads of one kv head: rows of heads, C wide.
@@ -489,6 +499,7 @@ void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t gro
   using C = compute<T>;
   constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], offset = s.Nk - s.Nq;
+  const C scale = static_cast<C>(a.spec.scale);
   auto at = [&](const Tensor& t, int64_t head, int64_t row) {
     return reinterpret_cast<T*>(t.data) + s.batch * t.stride[0] + head * t.stride[1] + row * t.stride[2];
   };
@@ -526,8 +537,8 @@ void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t gro
     for (int b = 0; b < count; b++)
       for (int64_t j = 0; j < w.keys[b].nk; j++) {
         const KeyBlock<T>& k = w.keys[b];
-        narrow<T>(k.dk + j * wide(D), D, at(a.dk, hk, s.k0 + k.j0 + j));
-        narrow<T>(k.dv + j * wide(Dv), Dv, at(a.dv, hk, s.k0 + k.j0 + j));
+        narrow<T>(k.dk + j * wide(D), D, scale, at(a.dk, hk, s.k0 + k.j0 + j));
+        narrow<T>(k.dv + j * wide(Dv), Dv, 1, at(a.dv, hk, s.k0 + k.j0 + j));
       }
   }
 }
@@ -608,7 +619,7 @@ void run(const AttentionBackward& a) {
   if (split && !parts) abort();
   auto finish = [&](const Sequence& s, int64_t h, int64_t i, const C* row) {
     narrow<T>(
-        row, D,
+        row, D, static_cast<C>(a.spec.scale),
         reinterpret_cast<T*>(a.dq.data) + s.batch * a.dq.stride[0] + h * a.dq.stride[1] + (s.q0 + i) * a.dq.stride[2]);
   };
 #pragma omp parallel if (tasks > 1)
@@ -656,9 +667,9 @@ void run(const AttentionBackward& a) {
                 for (int64_t d = 0; d < D; d++) to[d] += from[d];
               }
           }
-          if (!in_place)
-            for (int64_t g = 0; g < group; g++)
-              for (int64_t i = 0; i < s.Nq; i++) finish(s, hk * group + g, i, own + g * head + i * W);
+          for (int64_t g = 0; g < group; g++)
+            for (int64_t i = 0; i < s.Nq; i++)
+              finish(s, hk * group + g, i, total.data + g * total.head + i * total.row);
         }
     }
     if (split) {

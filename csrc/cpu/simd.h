@@ -389,23 +389,40 @@ LLMFAST_INLINE auto sum(V x) {
 #ifdef __AVX512BF16__
 constexpr bool kDotBf16 = true;
 LLMFAST_INLINE vec dot(vec acc, ivec a, ivec b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
-LLMFAST_INLINE ivec pairs(vec even, vec odd) {
+// Two rows of floats rounded to bf16: apart, or as pairs.
+struct Rounded {
   typedef int16_t shorts __attribute__((vector_size(64)));
-  shorts x = (shorts)_mm512_cvtne2ps_pbh(odd, even);
-  return (ivec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
-                                       26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-}
+  shorts x;
+  ivec pairs() const {
+    return (ivec)__builtin_shufflevector(x, x, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                         26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+  void store_first(bf16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256((__m512i)x));
+  }
+  void store_second(bf16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_extracti64x4_epi64((__m512i)x, 1));
+  }
+};
+LLMFAST_INLINE Rounded rounded(vec first, vec second) { return {(Rounded::shorts)_mm512_cvtne2ps_pbh(second, first)}; }
 #else
 constexpr bool kDotBf16 = false;
 LLMFAST_INLINE vec dot(vec acc, ivec a, ivec b) {
   acc += (vec)(a << 16) * (vec)(b << 16);
   return acc + (vec)(a & -65536) * (vec)(b & -65536);
 }
-LLMFAST_INLINE ivec pairs(vec even, vec odd) {
-  auto round = [](vec x) { return (x != x) ? wvec{} + 0x7fc0u : ((wvec)x + 0x7fffu + ((wvec)x >> 16 & 1)) >> 16; };
-  return (ivec)(round(even) | round(odd) << 16);
-}
+struct Rounded {
+  vec first, second;
+  ivec pairs() const {
+    auto round = [](vec x) { return (x != x) ? wvec{} + 0x7fc0u : ((wvec)x + 0x7fffu + ((wvec)x >> 16 & 1)) >> 16; };
+    return (ivec)(round(first) | round(second) << 16);
+  }
+  void store_first(bf16* p) const { storeu(p, first); }
+  void store_second(bf16* p) const { storeu(p, second); }
+};
+LLMFAST_INLINE Rounded rounded(vec first, vec second) { return {first, second}; }
 #endif
+LLMFAST_INLINE ivec pairs(vec even, vec odd) { return rounded(even, odd).pairs(); }
 // 2 kLanes elements of two rows a and b as pairs (a[i], b[i]): lanes [0, kLanes) and [kLanes, 2 kLanes).
 LLMFAST_INLINE void interleave(ivec a, ivec b, ivec& low, ivec& high) {
   typedef int16_t shorts __attribute__((vector_size(kLanes * 4)));
