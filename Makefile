@@ -1,7 +1,7 @@
 # make bench   builds the kernels, checks them, benchmarks attention and softmax against PyTorch; ARGS= passes options on
 # make test    the tests (make test-all: the long tier)
 # make bench-gpu, make test-gpu   the same on a GPU machine that already has torch, triton and nvcc; nothing is downloaded
-# make demo    trains a small language model on examples/corpus.txt and shows perplexities, a text, an attention map
+# make demo    trains on examples/ a language model, a translator, a classifier: perplexities, a text, translations, F1, a map
 # make gpu     on such a machine, in about 8 minutes: conformance, tests, compute-sanitizer, benchmarks, profile; into $OUT or build/gpu
 # PYTHON=python3.12 chooses the interpreter that .venv is made from
 PYTHON ?= python3
@@ -10,6 +10,7 @@ ARGS ?=
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 CPU_INDEX := https://download.pytorch.org/whl/cpu
+SMALL := --steps 600 --vocab-size 400 --patience 0 --batch-tokens 512 --dropout 0.2
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo 1 || echo 0)
 
 .PHONY: demo bench test test-all sanitize mutants bench-gpu test-gpu gpu build lint clean
@@ -18,10 +19,14 @@ bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
 
 demo: build
-	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo --layers 2 --steps 400 --batch-tokens 1024 --dropout 0.3 --lr 0.002 $(ARGS)
-	$(PY) -m llmfast evaluate --model build/demo --data examples/corpus.txt
-	$(PY) -m llmfast generate --model build/demo --prompt "人工智能"
-	$(PY) -m llmfast attention-map --model build/demo --text "语言模型预测下一个词" --heads 0 1 --out build/demo/attention.png
+	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo/lm --dropout 0.1 --patience 0 $(ARGS)
+	$(PY) -m llmfast evaluate --model build/demo/lm --data examples/corpus.txt --words
+	$(PY) -m llmfast generate --model build/demo/lm --prompt "人工智能"
+	$(PY) -m llmfast train --task translate --data examples/pairs.tsv --out build/demo/translate $(SMALL)
+	$(PY) -m llmfast translate --model build/demo/translate --data examples/pairs.tsv --held-out 0.1
+	$(PY) -m llmfast train --task classify --data examples/labels.tsv --out build/demo/classify $(SMALL)
+	$(PY) -m llmfast classify --model build/demo/classify --text "今天下大雨。" --text "She scored two goals." --text "这个程序有错误。"
+	$(PY) -m llmfast attention-map --model build/demo/lm --text "语言模型预测下一个词" --heads 0 1 2 3 --out build/demo/attention.png
 
 test: build
 	$(PY) -m pytest -q $(ARGS)

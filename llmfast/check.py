@@ -1,11 +1,15 @@
 """`python -m llmfast check`: the case table on this machine, and a support table made from what passed."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from . import backends, cases
+from . import backends, cases, functional
 
+CROSS_ENTROPY = {
+    "plain": {},
+    "every option": dict(label_smoothing=0.1, ignore_index=1, z_loss=0.01, softcap=5.0),
+}
 FEATURES = {  # a row of the support table and the cases that stand for it
     "full": ("square", "ragged", "long ragged", "one key", "single query"),
     "causal, bottom-right": ("causal", "causal 128", "causal more keys", "causal fewer keys"),
@@ -22,6 +26,8 @@ FEATURES = {  # a row of the support table and the cases that stand for it
     "dropout": ("dropout", "dropout causal"),
     "packed sequences": ("packed", "packed grouped", "packed window", "packed with a rest"),
     "lse and its gradient": ("gradient of lse",),
+    "softmax, log_softmax": tuple(f"softmax: {n}" for n in ("ragged", "wide", "log", "causal tall", "mask", "bias")),
+    "cross entropy": tuple(f"cross entropy: {n}" for n in CROSS_ENTROPY),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -34,24 +40,53 @@ def device_of(backend: str) -> str | None:
 
 
 @lru_cache(maxsize=8)  # the backends of a machine go over the few cases of a feature in turn
-def _judge(name, dtype, device):
-    p = cases.problem(cases.CASES[name], dtype, device=device)
-    return p, cases.yardsticks(p)
+def _problem(name, dtype, device):
+    """Ways to run a case on a backend, with its gradients and then without, and what is wrong with a result."""
+    operation, _, case = name.rpartition(": ")
+    if operation == "softmax":
+        x, options, dy = cases.softmax_problem(cases.SOFTMAX_CASES[case], dtype, device=device)
+        ways = [lambda backend, dy=dy: cases.run_softmax(x, options, dy, backend) for dy in (dy, None)]
+        return ways, lambda got: cases.softmax_disagreements(x, options, dy, got)
+    if operation == "cross entropy":
+        return _cross_entropy(CROSS_ENTROPY[case], dtype, device)
+    p = cases.problem(cases.CASES[case], dtype, device=device)
+    ways = [p] if p.do is None else [p, p._replace(do=None, dlse=None)]
+    yards = cases.yardsticks(p)
+    return [partial(cases.run, way) for way in ways], lambda got: cases.disagreements(p, got, yards)
+
+
+def _cross_entropy(options, dtype, device):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(33, 517, generator=g).mul(3).to(device, dtype)
+    target = torch.randint(0, 517, (33,), generator=g).to(device)
+
+    def run(backend, logits=logits):
+        leaf = logits.detach().requires_grad_()
+        loss = functional.cross_entropy(leaf, target, reduction="none", backend=backend, **options)
+        return {"loss": loss.detach(), "dlogits": torch.autograd.grad(loss.sum(), leaf)[0]}
+
+    truth, near = run("reference", logits.double()), run("reference")
+
+    def wrong(got):
+        c = {"loss": cases.C_FORWARD, "dlogits": cases.C_GRADIENT}
+        judged = (cases.breaks(n, x, truth[n], [near[n]], c[n], x.dtype, by_head=False) for n, x in got.items())
+        return [fault for faults in judged for fault in faults]
+
+    return [run], wrong
 
 
 def check_case(name: str, dtype: torch.dtype, backend: str) -> str:
     """'yes', 'forward' where there is no backward, 'no' where the backend refuses; raises RuntimeError on a wrong
     result.
     """
-    p, yards = _judge(name, dtype, device_of(backend))
-    tried = [p] if p.do is None else [p, p._replace(do=None, dlse=None)]
-    for problem, answer in zip(tried, ("yes", "forward"), strict=False):
+    ways, wrong = _problem(name, dtype, device_of(backend))
+    for run, answer in zip(ways, ("yes", "forward"), strict=False):
         try:
-            got = cases.run(problem, backend)
+            got = run(backend)
         except NotImplementedError:
             continue
-        if wrong := cases.disagreements(problem, got, yards):
-            raise RuntimeError(f"{name} in {str(dtype)[6:]} on {backend} is wrong: {'; '.join(wrong)}")
+        if faults := wrong(got):
+            raise RuntimeError(f"{name} in {str(dtype)[6:]} on {backend} is wrong: {'; '.join(faults)}")
         return answer
     return "no"
 

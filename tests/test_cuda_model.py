@@ -140,7 +140,7 @@ KINDS = ["attention", "backward", "softmax", "cross_entropy"]
 @pytest.mark.parametrize("what", KINDS)
 def test_address_sanitizer(request, what):
     """Random problems, exact heap sizes: no step outside, no undefined behaviour, right results."""
-    count = 150 if request.config.getoption("--all") else 12
+    count = 150 if request.config.getoption("--all") else 8
     status, output = jobs.result(cuda_model.fuzz, "asan")(what, 0, count)
     assert status == 0, output[-3000:]
 
@@ -148,7 +148,7 @@ def test_address_sanitizer(request, what):
 @jobs.job(cuda_model.fuzz, "tsan")
 @pytest.mark.parametrize("what", KINDS)
 def test_thread_sanitizer(request, what):
-    count = 60 if request.config.getoption("--all") else 4
+    count = 60 if request.config.getoption("--all") else 3
     status, output = jobs.result(cuda_model.fuzz, "tsan")(what, 0, count, small=1)
     assert status == 0, output[-3000:]
 
@@ -156,7 +156,7 @@ def test_thread_sanitizer(request, what):
 @jobs.job(cuda_model.fuzz, "")
 @pytest.mark.parametrize("what", KINDS)
 def test_random_problems(request, what):
-    count = 600 if request.config.getoption("--all") else 30
+    count = 600 if request.config.getoption("--all") else 16
     for seed in range(4):
         status, output = jobs.result(cuda_model.fuzz, "")(what, 1000 * seed, count // 4 + 1, seed)
         assert status == 0, output[-3000:]

@@ -1,14 +1,23 @@
-"""Every snippet of docs/drop-in.md runs, and what it replaces; of flash-attn, which needs a GPU, only what follows."""
+"""Every snippet of docs/drop-in.md runs, and what it replaces; of flash-attn, which needs a GPU, only what follows.
+The support table of both READMEs is what the code prints.
+"""
 
+import os
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
+import jobs
 import pytest
 import torch
 
 import llmfast
+from llmfast import check
 
-PAGE = Path(__file__).parent.parent / "docs/drop-in.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs/drop-in.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
@@ -31,3 +40,30 @@ def test_snippet(snippet, tmp_path):
     if "from flash_attn" in snippet:
         snippet = snippet.split("# after")[1].split("\n", 1)[1]
     exec(snippet, names)
+
+
+def support_table(page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    first = lines.index("|  | cuda | triton | cpu | reference |")
+    return lines[first : first + len(check.FEATURES) + len(check.DTYPES) + 2]
+
+
+def test_the_support_table_has_every_row():
+    table = support_table("README.md")
+    assert [line.split(" | ")[0][2:] for line in table[2:]] == [*check.FEATURES, *check.DTYPES]
+    assert support_table("README.zh.md") == table
+
+
+@cache
+def printed_support_table():
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support_table"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+@pytest.mark.long
+@jobs.job(printed_support_table)
+def test_the_support_table_is_what_the_code_prints():
+    assert support_table("README.md") == jobs.result(printed_support_table)

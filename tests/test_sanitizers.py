@@ -73,7 +73,7 @@ def run(checks, isas, isa, *arguments, root=ROOT):
     ]
     command += [
         "-k",
-        "not triton and not reference and not cuda and not imports_nothing and not info",
+        "not triton and not reference and not cuda and not imports_nothing and not info and not support_table",
         *chosen,
         *arguments,
     ]

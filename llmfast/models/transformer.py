@@ -100,7 +100,8 @@ class Where(NamedTuple):
 class Cache:
     """Keys and values of every layer, kv (layers, B, 2 Hk, M, D), of which lengths (B,) tokens count; nothing is moved.
 
-    A view `cache[b]` is one sequence's: prompts are read there one at a time, whole, whatever the batch.
+    A view `cache[b]` is one sequence's, `cache[a:b]` some of them: prompts are read there one at a time, whole,
+    whatever the batch.
     """
 
     def __init__(self, config: Config, batch: int, length: int, like: Tensor):
@@ -114,18 +115,18 @@ class Cache:
         self.layers = [(layer, *layer.chunk(2, 1)) for layer in kv]
         self.heads = torch.arange(kv[0, :, :, 0, 0].numel(), device=kv.device).view(kv.shape[1:3]) * kv.shape[3]
 
-    def __getitem__(self, b: int) -> "Cache":
-        one = object.__new__(Cache)
-        one._over(self.kv[:, b : b + 1], self.lengths[b : b + 1])
-        one.cross = self.cross and [(k[b : b + 1], v[b : b + 1]) for k, v in self.cross]
-        one.memory_lengths = None if self.memory_lengths is None else self.memory_lengths[b : b + 1]
-        return one
+    def __getitem__(self, b: int | slice) -> "Cache":
+        some, b = object.__new__(Cache), slice(b, b + 1) if isinstance(b, int) else b
+        some._over(self.kv[:, b], self.lengths[b])
+        some.cross = self.cross and [(k[b], v[b]) for k, v in self.cross]
+        some.memory_lengths = None if self.memory_lengths is None else self.memory_lengths[b]
+        return some
 
     def reorder(self, rows: Tensor) -> None:
         """Sequence b becomes a copy of sequence rows[b]: what a beam search keeps."""
         used = int(self.lengths.max())
         self.kv[..., :used, :] = self.kv[:, rows, :, :used]
-        self.lengths = self.lengths[rows]
+        self.lengths.copy_(self.lengths[rows])
 
     def begin(self, N: int) -> None:
         """Before the layers: where their N new tokens go; N = 1, or B = 1."""

@@ -35,16 +35,16 @@ def weights(model, ids: list[int], layer: int, heads: list[int], rows: list[int]
 
 
 def labels(tokenizer, ids: list[int]) -> list[str]:
-    """A token's text; bytes in hex where it is a part of a character."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]  # the bytes that stand for themselves
-    rest = [b for b in range(256) if b not in plain]
-    byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
-    out = []
+    """A token's text; "k/n" behind a character that it is the k-th of n parts of."""
+    out, group = [], []
     for i in ids:
-        name = tokenizer.id_to_token(i)
-        text = tokenizer.decode([i])
-        whole = "\ufffd" not in text
-        out.append((text.replace(" ", "·") or name) if whole else " ".join(f"{byte[c]:02x}" for c in name if c in byte))
+        group.append(i)
+        text = tokenizer.decode(group, skip_special_tokens=False)
+        if "\ufffd" in text and len(group) < 4 and len(out) + len(group) < len(ids):
+            continue
+        text = text.replace(" ", "\u00b7")
+        out += [text] if len(group) == 1 else [f"{text} {k}/{len(group)}" for k in range(1, len(group) + 1)]
+        group = []
     return out
 
 
@@ -60,18 +60,22 @@ def draw(p: torch.Tensor, columns: list[str], rows: list[str], titles: list[str]
     fonts = [n for n in CHINESE if n in names]
     foreign = any(ord(c) > 0x2E7F for t in columns for c in t)
     if foreign and not fonts:
-        escape = lambda t: "".join(c if ord(c) <= 0x2E7F else f"U+{ord(c):04X}" for c in t)
+        escape = lambda t: "".join(c if ord(c) <= 0x2E7F else f"U+{ord(c):04X} " for c in t).strip()
         columns, rows = list(map(escape, columns)), list(map(escape, rows))
-    size = max(3.0, 0.32 * len(columns) + 1.6), max(2.6, 0.32 * len(rows) + 1.6)
+    across = min(len(p), 4)
+    down = -(-len(p) // across)
+    size = max(2.6, 0.3 * len(columns) + 0.4) * across + 2.2, (max(2.2, 0.3 * len(rows) + 0.4) + 1.4) * down
     with plt.rc_context({"font.sans-serif": [*fonts, "DejaVu Sans"]}), warnings.catch_warnings():
-        figure, axes = plt.subplots(1, len(p), figsize=(size[0] * len(p), size[1]), squeeze=False, layout="constrained")
-        for axis, one, title in zip(axes[0], p, titles, strict=True):
+        figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained", sharey=True)
+        for axis in axes.flat[len(p) :]:
+            axis.set_visible(False)
+        for i, (axis, one, title) in enumerate(zip(axes.flat, p, titles, strict=False)):
             image = axis.imshow(one.float().cpu().tolist(), cmap="Blues", vmin=0, vmax=1)
             axis.set_xticks(range(len(columns)), columns, rotation=90)
             axis.set_yticks(range(len(rows)), rows)
-            axis.set(title=title, xlabel="key", ylabel="query")
-        figure.colorbar(image, ax=axes[0, -1], label="weight")
-        figure.savefig(path, dpi=130)
+            axis.set(title=title, xlabel="key", ylabel="" if i % across else "query")
+        figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
+        figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
     if foreign and not fonts:
         return "no installed font shows Chinese: the characters stand as code points (install Noto Sans CJK)"

@@ -1,5 +1,7 @@
 """The commands on text: the options of each, and what it does with them."""
 
+import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -107,6 +109,26 @@ def load(a, task=None):
 
 
 def train(a) -> None:
+    """Under torchrun: one process for each device, each with its part of every batch."""
+    import torch.distributed as dist
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return train_here(a)
+    if a.device == "cuda":
+        a.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(a.device)
+    dist.init_process_group("nccl" if a.device.startswith("cuda") else "gloo")
+    try:
+        if dist.get_rank():
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                train_here(a)
+        else:
+            train_here(a)
+    finally:
+        dist.destroy_process_group()
+
+
+def train_here(a) -> None:
     from rich.progress import Progress
 
     Task, out = tasks.TASKS[a.task], Path(a.out)
@@ -309,8 +331,8 @@ def attention_map(a) -> None:
     if a.rows and (bad := [r for r in a.rows if not 0 <= r < len(ids)]):
         raise ValueError(f"--rows: expected numbers below {len(ids)}, got {bad[0]}")
     p = maps.weights(model, ids, a.layer, a.heads, a.rows)
-    names = maps.labels(tokenizer, ids)
+    names, layer = maps.labels(tokenizer, ids), a.layer % model.config.layers
     rows = names if a.rows is None else [names[r] for r in a.rows]
-    if note := maps.draw(p, names, rows, [f"layer {a.layer}, head {h}" for h in a.heads], a.out):
+    if note := maps.draw(p, names, rows, [f"layer {layer}, head {h}" for h in a.heads], a.out):
         print(note, file=sys.stderr)
     print(f"{a.out}: {len(a.heads)} heads, {len(rows)} x {len(ids)} tokens")

@@ -8,13 +8,18 @@ from .. import functional as llmfast
 from ..models import Cache
 from . import corpus
 
+ROWS = 16  # as many as llmfast.linear takes with one read of the weight
+
 
 def decode(model, cache, logits, pick, steps: int) -> Iterator[list[int]]:
     """Yields the tokens that pick takes from logits (B, V), step by step, until it is done or the cache is full.
 
-    pick(logits) gives B tokens and, for a beam search, which sequence each of them goes on from.
+    pick(logits) gives B tokens and, for a beam search, which sequence each of them goes on from. The model sees at most
+    ROWS sequences at a time, so that on a CPU the bits of one don't depend on the others.
     """
     room = cache.kv.shape[3]
+    parts = [slice(i, i + ROWS) for i in range(0, len(logits), ROWS)]
+    caches = [cache[part] for part in parts]
     for step in range(steps):
         tokens, rows = pick(logits)
         yield tokens
@@ -24,7 +29,8 @@ def decode(model, cache, logits, pick, steps: int) -> Iterator[list[int]]:
         if rows is not None:
             cache.reorder(torch.tensor(rows, device=model.device))
         cache.lengths.clamp_(max=room - 1)  # who is full has stopped: what is written there is never looked at
-        logits = model(torch.tensor(tokens, device=model.device)[:, None], cache=cache)[:, 0]
+        ids = torch.tensor(tokens, device=model.device)[:, None]
+        logits = torch.cat([model(ids[part], cache=some)[:, 0] for part, some in zip(parts, caches, strict=True)])
 
 
 class Sampler:
@@ -46,14 +52,18 @@ class Sampler:
 
 
 class Beam:
-    """The `beams` likeliest beginnings of each of `batch` sentences; the best end has the largest mean log p."""
+    """The `beams` likeliest beginnings of each sentence, until it has as many ends or limits tokens.
 
-    def __init__(self, batch: int, beams: int, stop: int):
-        self.K, self.stop = beams, stop
-        self.scores = torch.full((batch, beams), -torch.inf)
+    The best end has the largest mean log p. A sentence that has stopped is frozen, so that none depends on the others.
+    """
+
+    def __init__(self, limits: list[int], beams: int, stop: int):
+        self.K, self.stop, self.limits = beams, stop, limits
+        self.scores = torch.full((len(limits), beams), -torch.inf)
         self.scores[:, 0] = 0.0  # at first all beams of a sentence are the same
-        self.texts = [[] for _ in range(batch * beams)]
-        self.ends = [[] for _ in range(batch)]  # (mean log p, tokens)
+        self.texts = [[] for _ in range(len(limits) * beams)]
+        self.ends = [[] for _ in limits]  # (mean log p, tokens)
+        self.stopped = [False] * len(limits)
 
     def __call__(self, logits):
         K, V = self.K, logits.shape[-1]
@@ -64,26 +74,25 @@ class Beam:
             kept = []
             for score, place in zip(scores, places, strict=True):
                 row, token = b * K + place // V, place % V
-                if token == self.stop and len(self.ends[b]) < K:  # who has K ends has stopped
-                    self.ends[b].append((score / (len(self.texts[row]) + 1), self.texts[row]))
-                elif token != self.stop and len(kept) < K:
+                if token != self.stop and len(kept) < K:
                     kept.append((score, row, token))
+                elif token == self.stop and score > -torch.inf and not self.stopped[b]:
+                    self.ends[b].append((score / (len(self.texts[row]) + 1), self.texts[row]))
             self.scores[b] = torch.tensor([score for score, _, _ in kept])
             rows += [row for _, row, _ in kept]
             tokens += [token for _, _, token in kept]
             texts += [[*self.texts[row], token] for _, row, token in kept]
+            self.stopped[b] = self.stopped[b] or len(self.ends[b]) >= K or len(texts[-1]) >= self.limits[b]
+            if self.stopped[b] and not self.ends[b]:
+                self.ends[b].append((-torch.inf, texts[b * K]))  # it never ended: its likeliest beginning
         self.texts = texts
         return tokens, rows
 
     def done(self, full) -> bool:
-        return all(full) or all(len(ends) >= self.K for ends in self.ends)
+        return all(self.stopped)
 
     def best(self) -> list[list[int]]:
-        """Tokens of each sentence; of one that never ended, its likeliest beginning."""
-        return [
-            max(ends)[1] if ends else self.texts[b * self.K + int(self.scores[b].argmax())]
-            for b, ends in enumerate(self.ends)
-        ]
+        return [max(ends)[1] for ends in self.ends]
 
 
 @torch.inference_mode()
@@ -126,12 +135,15 @@ def translate(model, tokenizer, sentences: list[str], beams: int = 4, batch: int
         if longest := next((h for h in heard if len(h) > length), None):
             raise ValueError(f"a sentence of {len(longest)} tokens is longer than the model's {length}")
         memory = [model.encode(torch.tensor([h], device=model.device))[0] for h in heard]
-        steps = min(length, 2 * max(map(len, heard)) + 20)
-        cache = Cache(model.config, len(some) * beams, steps, model.embed.weight)
+        limits = [min(length, 2 * len(h) + 20) for h in heard]
+        cache = Cache(model.config, len(some) * beams, max(limits), model.embed.weight)
         model.remember(cache, memory, beams)
         first = torch.full((len(some) * beams, 1), end, device=model.device)
-        pick = Beam(len(some), beams, end)
-        for _ in decode(model, cache, model(first, cache=cache)[:, 0], pick, steps):
+        pick = Beam(limits, beams, end)
+        logits = torch.cat(
+            [model(first[i : i + beams], cache=cache[i : i + beams])[:, 0] for i in range(0, len(first), beams)]
+        )
+        for _ in decode(model, cache, logits, pick, max(limits)):
             pass
         out += [tokenizer.decode(ids).strip() for ids in pick.best()]
     return out
