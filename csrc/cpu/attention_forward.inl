@@ -231,7 +231,15 @@ void strip_of(const Block<T>& x, const Tensor& t, int64_t j0, int64_t n, compute
   }
 }
 
-// Scale, softcap, bias, ALiBi and mask over a strip of n scores, for the vectors [v0, v1).
+// Calls f(score, key, vector) for a strip of n scores of the vectors [v0, v1), and stores what it gives.
+template <class C, class F>
+LLMFAST_INLINE void each_score(C* s, int64_t n, int v0, int v1, F&& f) {
+  constexpr int L = kLanesOf<C>;
+  for (int64_t j = 0; j < n; j++)
+    for (int g = v0; g < v1; g++) store(s + j * kRows + g * L, f(load(s + j * kRows + g * L), j, g));
+}
+
+// Scale, softcap, bias and ALiBi over a strip.
 template <class T>
 void adjust(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int64_t n, int v0, int v1) {
   using C = compute<T>;
@@ -243,27 +251,25 @@ void adjust(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int6
   const C slope = slopes ? element<C>(slopes, slopes.dim == 2 ? x.seq.b * slopes.stride[0] + x.h * slopes.stride[1]
                                                               : x.h * slopes.stride[0])
                          : C(0);
-  auto each = [&](auto&& f) {
-    for (int64_t j = 0; j < n; j++)
-      for (int g = v0; g < v1; g++) {
-        C* at = s + j * kRows + g * L;
-        store(at, f(load(at), j, g));
-      }
-  };
-  each([&](auto y, int64_t, int) { return y * scale; });
-  if (cap != 0) each([&](auto y, int64_t, int) { return tanh(y * (1 / cap)) * cap; });
-  if (e.bias) {
-    strip_of(x, e.bias, j0, n, tile);
-    each([&](auto y, int64_t j, int g) { return y + load(tile + j * kRows + g * L); });
-  }
-  if (slopes)
-    each([&](auto y, int64_t j, int g) {
-      return y - abs(iota<C>() + static_cast<C>(x.i0 + x.offset + g * L - j0 - j)) * slope;
-    });
-  if (e.mask) {
-    strip_of(x, e.mask, j0, n, tile);
-    each([&](auto y, int64_t j, int g) { return load(tile + j * kRows + g * L) == 0 ? splat(-kInfOf<C>) : y; });
-  }
+  const bool bias = bool(e.bias), alibi = bool(slopes);
+  if (bias) strip_of(x, e.bias, j0, n, tile);
+  each_score(s, n, v0, v1, [&](auto y, int64_t j, int g) {
+    y = y * scale;
+    if (cap != 0) y = tanh(y * (1 / cap)) * cap;
+    if (bias) y += load(tile + j * kRows + g * L);
+    if (alibi) y -= abs(iota<C>() + static_cast<C>(x.i0 + x.offset + g * L - j0 - j)) * slope;
+    return y;
+  });
+}
+
+// The mask over a strip: its scores may still lack their scale.
+template <class T>
+void hide(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int64_t n, int v0, int v1) {
+  using C = compute<T>;
+  strip_of(x, x.a.extras.mask, j0, n, tile);
+  each_score(s, n, v0, v1, [&](auto y, int64_t j, int g) {
+    return load(tile + j * kRows + g * kLanesOf<C>) == 0 ? splat(-kInfOf<C>) : y;
+  });
 }
 
 // The band's edges over a strip: hides keys outside [i + offset - left, i + offset + right] from query i.
@@ -497,6 +503,7 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
     C* s = w.s + t * kStrip * kRows;
     const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
     if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
+    if (x.a.extras.mask) hide(x, s, w.tile, j, m, v0[t], v1[t]);
     band(x, s, j, m, v0[t], v1[t]);
   }
   for (int g = 0; g < used; g++) softmax(x, w, j0, n, g, v0, v1, c);
@@ -568,8 +575,8 @@ void run(const AttentionForward& a) {
   const int64_t H = a.q.size[1], Hk = a.k.size[1], D = a.q.size[3], Dv = a.v.size[3], group = Hk ? H / Hk : 1;
   const int64_t B = sequences(a.q, a.extras), W = (D + 31) / 32 * 32, Wv = (Dv + 31) / 32 * 32;
   const double scale = __builtin_fabs(a.spec.scale);
-  const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 ||
-                       scale < 1e-20 || std::is_same_v<C, double>;
+  const bool adjusts =
+      a.extras.bias || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20 || std::is_same_v<C, double>;
   if (a.extras.cu_seqlens_q)  // rows that no sequence covers
     for (int64_t h = 0; h < H; h++)
       for (int64_t i = 0; i < a.q.size[2]; i++) {
