@@ -45,10 +45,11 @@ def tokenizer():
     return corpus.train_tokenizer(["abc"], 260)
 
 
-def test_the_rows_of_a_batch_do_not_touch_each_other():
-    """Logits of cached steps in bfloat16, bit by bit, at sizes where PyTorch's product depends on the rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rows_of_a_batch_do_not_touch_each_other(dtype):
+    """Logits of cached steps, bit by bit, at sizes where PyTorch's product depends on the rows."""
     torch.manual_seed(0)
-    model = sharp(Transformer(Config(1000, dim=256, layers=2, heads=4, hidden=672, max_length=64))).bfloat16()
+    model = sharp(Transformer(Config(1000, dim=256, layers=2, heads=4, hidden=1344, max_length=64))).to(dtype)
     prompts, new = [[7] * n for n in range(2, 22)], torch.randint(0, 1000, (20, 5))
 
     def logits(rows):
@@ -64,7 +65,7 @@ def test_the_rows_of_a_batch_do_not_touch_each_other():
             def done(self, full):
                 return False
 
-        first = torch.zeros(len(rows), 1000, dtype=torch.bfloat16)
+        first = torch.zeros(len(rows), 1000, dtype=dtype)
         for _ in generation.decode(model, cache, first, Pick(), 5):
             pass
         return torch.stack(seen[1:], 1)
@@ -100,6 +101,22 @@ def test_beam_search_finds_the_best_of_all():
     assert len(pick.ends[0]) == len(every)
     for mean, tokens in pick.ends[0]:
         assert math.isclose(mean, score[tuple(tokens)], rel_tol=1e-4)
+
+
+def test_a_sentence_that_has_stopped_is_frozen():
+    """Scripted logits, the same whatever was said: three sentences together end as each alone."""
+    for seed in range(30):
+        logits = torch.randn(12, 3, 1, 6, generator=torch.Generator().manual_seed(seed)).expand(-1, -1, 2, -1)
+
+        def ends(which, logits=logits):
+            pick = generation.Beam([(3, 12, 7)[b] for b in which], 2, stop=0)
+            for step in logits[:, which]:
+                pick(step.flatten(0, 1))
+                if pick.done([]):
+                    break
+            return pick.ends
+
+        assert ends([0, 1, 2]) == [ends([b])[0] for b in range(3)]
 
 
 def test_one_beam_is_greedy_and_a_batch_is_each_alone(tokenizer):
