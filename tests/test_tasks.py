@@ -155,6 +155,9 @@ def test_a_packed_batch_loses_what_its_rows_lose(tokenizer):
         whole = task.loss(model, examples)
         parts = sum(task.loss(model, [e]) * task.asked(e) for e in examples) / sum(map(task.asked, examples))
         assert abs(whole - parts) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = task.loss(model, examples)
+        assert 0 < abs(rounded - whole) < 0.05 * whole
         whole.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

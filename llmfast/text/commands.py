@@ -49,6 +49,7 @@ def add(commands) -> None:
     c.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
     c.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     c.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    c.add_argument("--shard", action="store_true", help="under torchrun: divide weights and moments (FSDP2)")
     c = command(generate, "continue a prompt")
     c.add_argument("--prompt", required=True, action="append", help="may be repeated: a batch")
     sampling(c)
@@ -153,9 +154,10 @@ def train_here(a) -> None:
         line = bar.add_task("training", total=s.steps)
         report = lambda step, loss: bar.update(line, completed=step + 1, description=f"loss {loss:.3f}")
         validation = task.examples(validation, tokenizer, a.max_length)
-        losses = training.train(model, task, examples, s, out, tokenizer, a.resume, report, validation)
+        losses = training.train(model, task, examples, s, out, tokenizer, a.resume, report, validation, a.shard)
     if len(losses) < s.steps:
         print(f"{len(losses)} of {s.steps} steps: ended by --patience, or by Ctrl-C (--resume goes on)")
+    model = models.from_pretrained(out, device=a.device)
     print(f"{marks(task.measure(model, tokenizer, held_out))} on {len(held_out)} held-out rows; {out} holds the model")
 
 
