@@ -268,6 +268,19 @@ def test_mistakes_are_one_line(made, capsys, arguments, message):
     assert err.count("\n") == 1
 
 
+def test_an_encoder_without_labels_has_a_map_and_no_task(tmp_path, tokenizer, capsys):
+    shape = dict(dim=32, layers=1, heads=2, kind="encoder", norm="layer", norm_first=False, position="learned")
+    biases = dict(activation="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, token_types=2, mlm_head=True)
+    save(Transformer(Config(300, **shape, **biases)), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    code, *_ = run(capsys, "attention-map", "--model", tmp_path, "--text", "abc", "--out", tmp_path / "a.png")
+    assert code == 0
+    code, _, err = run(capsys, "generate", "--model", tmp_path, "--prompt", "abc")
+    assert code == 2
+    assert "was made for hidden words" in err
+
+
 def test_the_prompt_of_a_question():
     assert commands.question("Who?", "Ann is here.", "Ann") == "Ann is here. Question: Who? Answer: Ann"
     assert commands.question("谁", "小红在这里。") == "小红在这里。问\uff1a谁答\uff1a"

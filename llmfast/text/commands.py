@@ -104,7 +104,7 @@ def load(a, task=None):
     model, tokenizer = models.from_pretrained(a.model, device=a.device), corpus.load_tokenizer(a.model)
     found = tasks.of(model)
     if task is not None and type(found) is not tasks.TASKS[task]:
-        made = next(name for name, t in tasks.TASKS.items() if t is type(found))
+        made = next((name for name, t in tasks.TASKS.items() if t is type(found)), "hidden words")
         raise ValueError(f"{a.model}: was made for {made}; {a.command} needs a model of train --task {task}")
     return model, tokenizer, found
 
