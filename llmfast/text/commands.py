@@ -84,6 +84,11 @@ def add(commands) -> None:
 def main(chosen) -> int:
     """Runs a command; a user's mistake is one line and status 2."""
     try:
+        gpu = torch.cuda.is_available()
+        if chosen.device != "cpu" and not (gpu and chosen.device.startswith("cuda")):
+            raise ValueError(
+                f"--device {chosen.device}: expected cpu" + (" or cuda" if gpu else "; torch finds no GPU")
+            )
         chosen.run(chosen)
     except (ValueError, OSError, ModuleNotFoundError) as problem:
         print(f"llmfast {chosen.command}: {problem}", file=sys.stderr)
