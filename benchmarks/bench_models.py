@@ -15,7 +15,7 @@ import torch
 import llmfast
 import llmfast.models
 
-NEW = 16  # tokens of a generated text
+NEW = 32  # tokens of a generated text
 
 
 class Shape(NamedTuple):
@@ -69,7 +69,7 @@ def shapes(device, lengths=(512,), dtypes=("float32", "bfloat16"), backward=Fals
         for model in ("gpt2", "llama"):
             yield Shape(model, dtype, "prefill", 512)
             yield Shape(model, dtype, "decode", 1024)
-        yield Shape("gpt2", dtype, "generate", 512)
+        yield Shape("gpt2", dtype, "generate", 128)
         for tokens in lengths:
             yield Shape("gpt2", dtype, "train", tokens, True)
 

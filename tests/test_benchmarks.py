@@ -66,3 +66,32 @@ def test_interleave_counts_every_contender():
     timings = measure.interleave([lambda: count(0), lambda: count(1)], budget=0.01, threads=1)
     assert len(timings) == 2
     assert calls[0] == calls[1] >= 6
+
+
+def test_models_do_the_same_work(monkeypatch):
+    """Each provider of each step on a tiny GPT-2: the thin transformer's logits, loss, gradients are transformers'."""
+    tr = pytest.importorskip("transformers", minversion="5")
+    from functools import cache
+
+    from benchmarks import bench_models
+
+    @cache
+    def tiny(model, dtype, device):
+        bench_models.llmfast.enable_hf()
+        torch.manual_seed(0)
+        off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+        config = tr.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=30000, n_positions=64, **off)
+        return tr.GPT2LMHeadModel(config).to(dtype).eval()
+
+    monkeypatch.setattr(bench_models, "theirs", tiny)
+    bench_models.thin.cache_clear()
+    for step in ("prefill", "decode", "generate", "train"):
+        shape = bench_models.Shape("gpt2", "float32", step, 16)
+        tensors = bench_models.inputs(shape, "cpu")
+        want = bench_models.truth(shape, tensors)
+        for name, provider in bench_models.providers("cpu").items():
+            if not bench_models.skip(name, shape):
+                call = bench_models.call(provider, shape, tensors)
+                assert measure.error(call(), want) < 1e-5, (step, name)
+                assert measure.error(call(), want) < 1e-5, (step, name, "again")
+    bench_models.thin.cache_clear()

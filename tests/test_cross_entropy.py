@@ -129,6 +129,25 @@ def test_linear(name, reduction, chunk):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_linear_under_autocast(chunk):
+    """1500 classes: two blocks of the weight's gradient, which of several chunks is summed and stays in float32."""
+    x, w, y = torch.randn(33, 8), torch.randn(1500, 8), torch.randint(0, 1500, (33,))
+    mine, wide = [t.clone().requires_grad_() for t in (x, w)], [t.double().requires_grad_() for t in (x, w)]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = llmfast.linear_cross_entropy(*mine, y, chunk=chunk)
+    want = F.cross_entropy(F.linear(*wide), y)
+    for scale in (1, 3):
+        pair = zip(
+            *(torch.autograd.grad(scale * a, b, retain_graph=True) for a, b in ((got, mine), (want, wide))), strict=True
+        )
+        for a, b in pair:
+            assert a.dtype == torch.float32
+            assert (a.double() - b).norm() <= 0.02 * b.norm()
+    (_, dw) = torch.autograd.grad(got, mine)
+    assert torch.equal(dw, dw.bfloat16().float()) == (chunk is None)
+
+
 def test_linear_never_holds_the_logits():
     """The largest tensor made is a chunk of logits, not (T, V)."""
     from torch.utils._python_dispatch import TorchDispatchMode

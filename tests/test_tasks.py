@@ -45,10 +45,11 @@ def tokenizer():
     return corpus.train_tokenizer(["abc"], 260)
 
 
-def test_the_rows_of_a_batch_do_not_touch_each_other():
-    """Logits of cached steps in bfloat16, bit by bit, at sizes where PyTorch's product depends on the rows."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_rows_of_a_batch_do_not_touch_each_other(dtype):
+    """Logits of cached steps, bit by bit, at sizes where PyTorch's product depends on the rows."""
     torch.manual_seed(0)
-    model = sharp(Transformer(Config(1000, dim=256, layers=2, heads=4, hidden=672, max_length=64))).bfloat16()
+    model = sharp(Transformer(Config(1000, dim=256, layers=2, heads=4, hidden=1344, max_length=64))).to(dtype)
     prompts, new = [[7] * n for n in range(2, 22)], torch.randint(0, 1000, (20, 5))
 
     def logits(rows):
@@ -64,7 +65,7 @@ def test_the_rows_of_a_batch_do_not_touch_each_other():
             def done(self, full):
                 return False
 
-        first = torch.zeros(len(rows), 1000, dtype=torch.bfloat16)
+        first = torch.zeros(len(rows), 1000, dtype=dtype)
         for _ in generation.decode(model, cache, first, Pick(), 5):
             pass
         return torch.stack(seen[1:], 1)
@@ -100,6 +101,22 @@ def test_beam_search_finds_the_best_of_all():
     assert len(pick.ends[0]) == len(every)
     for mean, tokens in pick.ends[0]:
         assert math.isclose(mean, score[tuple(tokens)], rel_tol=1e-4)
+
+
+def test_a_sentence_that_has_stopped_is_frozen():
+    """Scripted logits, the same whatever was said: three sentences together end as each alone."""
+    for seed in range(30):
+        logits = torch.randn(12, 3, 1, 6, generator=torch.Generator().manual_seed(seed)).expand(-1, -1, 2, -1)
+
+        def ends(which, logits=logits):
+            pick = generation.Beam([(3, 12, 7)[b] for b in which], 2, stop=0)
+            for step in logits[:, which]:
+                pick(step.flatten(0, 1))
+                if pick.done([]):
+                    break
+            return pick.ends
+
+        assert ends([0, 1, 2]) == [ends([b])[0] for b in range(3)]
 
 
 def test_one_beam_is_greedy_and_a_batch_is_each_alone(tokenizer):
@@ -138,6 +155,9 @@ def test_a_packed_batch_loses_what_its_rows_lose(tokenizer):
         whole = task.loss(model, examples)
         parts = sum(task.loss(model, [e]) * task.asked(e) for e in examples) / sum(map(task.asked, examples))
         assert abs(whole - parts) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = task.loss(model, examples)
+        assert 0 < abs(rounded - whole) < 0.05 * whole
         whole.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -246,6 +266,19 @@ def test_mistakes_are_one_line(made, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_an_encoder_without_labels_has_a_map_and_no_task(tmp_path, tokenizer, capsys):
+    shape = dict(dim=32, layers=1, heads=2, kind="encoder", norm="layer", norm_first=False, position="learned")
+    biases = dict(activation="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, token_types=2, mlm_head=True)
+    save(Transformer(Config(300, **shape, **biases)), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bert"
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    code, *_ = run(capsys, "attention-map", "--model", tmp_path, "--text", "abc", "--out", tmp_path / "a.png")
+    assert code == 0
+    code, _, err = run(capsys, "generate", "--model", tmp_path, "--prompt", "abc")
+    assert code == 2
+    assert "was made for hidden words" in err
 
 
 def test_the_prompt_of_a_question():

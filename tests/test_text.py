@@ -273,6 +273,7 @@ def test_commands(tmp_path, capsys):
     [
         (["train", "--data", "nowhere.txt"], "No such file"),
         (["train", "--data", "corpus.csv"], "expected .txt"),
+        (["train", "--data", "corpus.txt", "--device", "abacus"], "--device abacus: expected cpu"),
         (["generate", "--model", "nowhere", "--prompt", "a"], "no such folder"),
         (["evaluate", "--model", "nowhere", "--data", "x.txt"], "no such folder"),
         (["attention-map", "--model", "nowhere", "--text", "a"], "no such folder"),

@@ -203,22 +203,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, where: Where) -> Tensor:
         qkv = self.qkv(x).view(*x.shape[:2], -1, self.D)  # (B, N, H + 2 Hk, D)
-        q, kv = qkv[:, :, : self.H], qkv[:, :, self.H :]
         if self.q_norm is not None or where.rope is not None:
-            k, v = kv.chunk(2, 2)
+            q, k, v = qkv.split((self.H, self.Hk, self.Hk), 2)
             if self.q_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             if where.rope is not None:
                 q, k = rotate(q, where.rope), rotate(k, where.rope)
-            kv = torch.cat([k, v], 2) if where.cache is not None else (k, v)
-        q = q.transpose(1, 2)
+            qkv = torch.cat([q, k, v], 2)
+        q, kv = qkv[:, :, : self.H].transpose(1, 2), qkv[:, :, self.H :]
         if where.cache is not None:
             o = where.cache.attend(self.layer, q, kv, self.window)
-            return self.out(o.transpose(1, 2).flatten(2))
-        k, v = (t.transpose(1, 2) for t in (kv if isinstance(kv, tuple) else kv.chunk(2, 2)))
-        if self.watch is not None:
-            self.watch(q, k, self)
-        o = self.attend(q, k, v, where.cu_seqlens, where.cu_seqlens)
+        else:
+            k, v = kv.transpose(1, 2).chunk(2, 1)
+            if self.watch is not None:
+                self.watch(q, k, self)
+            o = self.attend(q, k, v, where.cu_seqlens, where.cu_seqlens)
         return self.out(o.transpose(1, 2).flatten(2))
 
     def across(self, x: Tensor, where: Where) -> Tensor:

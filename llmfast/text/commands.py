@@ -49,6 +49,7 @@ def add(commands) -> None:
     c.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
     c.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     c.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    c.add_argument("--shard", action="store_true", help="under torchrun: divide weights and moments (FSDP2)")
     c = command(generate, "continue a prompt")
     c.add_argument("--prompt", required=True, action="append", help="may be repeated: a batch")
     sampling(c)
@@ -83,6 +84,11 @@ def add(commands) -> None:
 def main(chosen) -> int:
     """Runs a command; a user's mistake is one line and status 2."""
     try:
+        gpu = torch.cuda.is_available()
+        if chosen.device != "cpu" and not (gpu and chosen.device.startswith("cuda")):
+            raise ValueError(
+                f"--device {chosen.device}: expected cpu" + (" or cuda" if gpu else "; torch finds no GPU")
+            )
         chosen.run(chosen)
     except (ValueError, OSError, ModuleNotFoundError) as problem:
         print(f"llmfast {chosen.command}: {problem}", file=sys.stderr)
@@ -103,7 +109,7 @@ def load(a, task=None):
     model, tokenizer = models.from_pretrained(a.model, device=a.device), corpus.load_tokenizer(a.model)
     found = tasks.of(model)
     if task is not None and type(found) is not tasks.TASKS[task]:
-        made = next(name for name, t in tasks.TASKS.items() if t is type(found))
+        made = next((name for name, t in tasks.TASKS.items() if t is type(found)), "hidden words")
         raise ValueError(f"{a.model}: was made for {made}; {a.command} needs a model of train --task {task}")
     return model, tokenizer, found
 
@@ -153,9 +159,10 @@ def train_here(a) -> None:
         line = bar.add_task("training", total=s.steps)
         report = lambda step, loss: bar.update(line, completed=step + 1, description=f"loss {loss:.3f}")
         validation = task.examples(validation, tokenizer, a.max_length)
-        losses = training.train(model, task, examples, s, out, tokenizer, a.resume, report, validation)
+        losses = training.train(model, task, examples, s, out, tokenizer, a.resume, report, validation, a.shard)
     if len(losses) < s.steps:
         print(f"{len(losses)} of {s.steps} steps: ended by --patience, or by Ctrl-C (--resume goes on)")
+    model = models.from_pretrained(out, device=a.device)
     print(f"{marks(task.measure(model, tokenizer, held_out))} on {len(held_out)} held-out rows; {out} holds the model")
 
 
@@ -240,10 +247,13 @@ def translate(a) -> None:
     print(f"BLEU {tasks.bleu(said, [r[1] for r in rows]):.3f} on {len(rows)} sentences")
 
 
+def chinese(text) -> bool:
+    return any("\u4e00" <= c <= "\u9fff" for c in text)
+
+
 def question(text, context="", answer="") -> str:
     """The form of the corpus: 问 and 答 for Chinese."""
-    chinese = any("\u4e00" <= c <= "\u9fff" for c in text)
-    asks, answers, gap = ("问\uff1a", "答\uff1a", "") if chinese else ("Question: ", " Answer:", " ")
+    asks, answers, gap = ("问\uff1a", "答\uff1a", "") if chinese(text) else ("Question: ", " Answer:", " ")
     return f"{context}{gap if context else ''}{asks}{text}{answers}{gap if answer else ''}{answer}"
 
 
@@ -251,7 +261,8 @@ def answer(a) -> None:
     model, tokenizer, _ = load(a, "lm")
     shown = []
     if a.examples:
-        shown = [question(q, c, w) for q, c, w in corpus.load(a.examples, 3)[: a.shots]]
+        rows = [r for r in corpus.load(a.examples, 3) if chinese(r[0]) == chinese(a.question) and r[0] != a.question]
+        shown = [question(*r) for r in rows[: a.shots]]
     prompt = "\n".join([*shown, question(a.question, a.context)])
     print(stream(a, model, tokenizer, [prompt], until=("\n",))[0].strip())
 

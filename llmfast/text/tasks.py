@@ -124,10 +124,11 @@ TASKS = {"lm": LanguageModel, "classify": Classification, "translate": Translati
 
 
 def of(model: models.Transformer):
-    """The task that a model was made for."""
+    """The task that a model was made for; None for an encoder without labels, such as BERT."""
     if model.config.labels:
         return Classification(labels=model.config.labels)
-    return {"decoder": LanguageModel, "encoder-decoder": Translation}[model.config.kind]()
+    made = {"decoder": LanguageModel, "encoder-decoder": Translation}.get(model.config.kind)
+    return made and made()
 
 
 def perplexity(nats: torch.Tensor) -> float:

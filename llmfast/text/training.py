@@ -69,7 +69,7 @@ class Step(nn.Module):
 
 def train(
     model, task, examples, s: Settings, folder, tokenizer=None, resume=False, report=lambda step, loss: None,
-    validation=None,
+    validation=None, shard=False,
 ):  # fmt: skip
     """Trains model on the examples of a task (tasks.py), saving to folder; returns the losses of all steps.
 
@@ -79,17 +79,25 @@ def train(
     The state after a step (weights, moments, losses) is one file that appears whole; random numbers follow from the
     step. A run that was killed and is resumed has the losses it would have had. Ctrl-C saves and returns. Under
     torchrun every process takes its part of each batch; the losses are those of one process, and the first one writes.
+    Weights, gradients and moments are copied (DistributedDataParallel) or, with shard, divided (FSDP2).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    step_of = Step(model, task)
+    if world > 1 and shard:
+        from torch.distributed.fsdp import fully_shard
+
+        for stack in filter(None, (model.encoder, model.decoder)):
+            for block in stack.blocks:
+                fully_shard(block)
+        fully_shard(step_of)
     opts, losses, state = optimizers(model, s), [], folder / "training.pt"
     rates = [[group["lr"] for group in opt.param_groups] for opt in opts]
     best = dict(loss=math.inf, step=0, model={}, checks=[])
     if resume:
         losses = restore(model, opts, s, state, best)
-    step_of = Step(model, task)
-    if world > 1:
+    if world > 1 and not shard:
         step_of = nn.parallel.DistributedDataParallel(step_of)
     per_epoch, epoch, start = None, 0, 0
     model.train()
@@ -120,7 +128,7 @@ def train(
                 dist.all_reduce(loss)
             losses.append(loss.item())
             if validation and (step + 1) % s.check_every == 0:
-                check(model, task, validation, s, step + 1, best)
+                check(step_of, model, task, validation, s, step + 1, best)
             report(step, losses[-1])
             if (step + 1) % s.save_every == 0 and step + 1 < s.steps:
                 keep(model, opts, s, losses, state, best)
@@ -130,53 +138,65 @@ def train(
     if best["model"]:
         model.load_state_dict(best["model"])
     model.eval()
+    weights, _ = whole_state(model, opts)
     if rank == 0:
-        finish(model, folder, tokenizer, losses, best["checks"])
+        finish(model.config, weights, folder, tokenizer, losses, best["checks"])
     return losses
 
 
 @torch.no_grad()
-def check(model, task, validation, s, step, best) -> None:
+def check(step_of, model, task, validation, s, step, best) -> None:
     """Makes best the model where its loss on validation is the smallest so far."""
     model.eval()
     total = sum(map(task.asked, validation))
     batches = corpus.in_order(validation, s.batch_tokens, task.size)
-    loss = sum(task.loss(model, b).item() * sum(map(task.asked, b)) for b in batches) / total
+    loss = sum(step_of(b).item() * sum(map(task.asked, b)) for b in batches) / total
     model.train()
     best["checks"].append((step, loss))
     if loss < best["loss"]:
         best.update(loss=loss, step=step, model={k: v.clone() for k, v in model.state_dict().items()})
 
 
+def whole_state(model, opts) -> tuple[dict, dict]:
+    """Weights and moments of the whole model, also where the processes have a part each; every process calls it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # half a second of imports
+
+    return get_state_dict(model, opts, options=StateDictOptions(full_state_dict=True))
+
+
 def keep(model, opts, s, losses, path: Path, best) -> None:
+    weights, moments = whole_state(model, opts)
+    everything = dict(model=weights, opts=moments, losses=losses, best=best, settings=asdict(s))
     if dist.is_initialized() and dist.get_rank():
         return
-    everything = dict(model=model.state_dict(), opts=[o.state_dict() for o in opts], losses=losses, best=best)
-    torch.save(everything | dict(settings=asdict(s)), f"{path}.new")
+    torch.save(everything, f"{path}.new")
     os.replace(f"{path}.new", path)
 
 
 def restore(model, opts, s, path: Path, best) -> list[float]:
     if not path.is_file():
         return []
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
     try:
         found = torch.load(path, weights_only=True, map_location=model.device)
         before = {k: v for k, v in found["settings"].items() if k != "save_every"}
         if before != {k: v for k, v in asdict(s).items() if k != "save_every"}:
             raise ValueError(f"{path}: was made with other settings ({found['settings']}); use them, or another folder")
-        model.load_state_dict(found["model"])
-        for opt, kept in zip(opts, found["opts"], strict=True):
-            opt.load_state_dict(kept)
+        whole = StateDictOptions(full_state_dict=True)
+        set_state_dict(model, opts, model_state_dict=found["model"], optim_state_dict=found["opts"], options=whole)
         best.update(found["best"])
     except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path}: can't be resumed ({str(problem).splitlines()[0]})") from None
     return found["losses"]
 
 
-def finish(model, folder: Path, tokenizer, losses, checks) -> None:
+def finish(config, weights, folder: Path, tokenizer, losses, checks) -> None:
     """The model as others can load it: config.json, model.safetensors, tokenizer.json; the losses, and their plot."""
     end = {} if tokenizer is None else dict(eos_token_id=tokenizer.token_to_id(corpus.END))
     end |= {"bos_token_id": end["eos_token_id"]} if end else {}
+    model = models.Transformer(config)
+    model.load_state_dict(weights)
     models.save(model, folder, **end)
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
