@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import llmfast
-from benchmarks import measure
+from benchmarks import measure, memory
 from llmfast import cases, check
 
 FAMILIES = ("attention", "softmax", "linear", "models", "encoder", "overhead")
@@ -91,6 +91,14 @@ def run(chosen) -> int:
             bar.advance(task)
     for family in families:
         summary(console, [r for r in rows if r["family"] == family], family)
+    if "attention" in families and not chosen.forward_only:
+        N = 8 * max(chosen.lengths)
+        environment["memory"] = {"N": N, "bytes": memory.measured(N, chosen.device)}
+        console.print(
+            f"[bold]memory[/]: {N} tokens, forward and backward, {environment['memory']['bytes'] / 2**20:.0f} MiB "
+            f"beyond inputs and outputs (the matrix of scores would be {N**2 * 2 / 2**20:.0f} MiB)",
+            highlight=False,
+        )
     chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
     path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1))

@@ -28,7 +28,7 @@ def test_run_compare_plot(tmp_path):
     (path,) = tmp_path.glob("*.json")
     assert path.with_suffix(".png").stat().st_size > 10_000
     found = json.loads(path.read_text())
-    assert {"commit", "machine", "torch", "peaks", "load"} <= found["environment"].keys()
+    assert {"commit", "machine", "torch", "peaks", "load", "memory"} <= found["environment"].keys()
     ours = [r for r in found["rows"] if r["provider"] == "llmfast"]
     assert len(ours) == 16 + 10
     assert all(r["seconds"] > 0 and r["error"] < 0.02 and r["ratio"] > 0 for r in ours)
