@@ -20,7 +20,7 @@ import llmfast
 from benchmarks import measure, memory
 from llmfast import cases, check
 
-FAMILIES = ("attention", "softmax", "linear", "models", "encoder", "overhead")
+FAMILIES = ("attention", "softmax", "cross_entropy", "linear", "models", "encoder", "overhead")
 DEFAULT = ("attention", "softmax", "encoder")  # a few minutes, ending on real input
 HERE = Path(__file__).parent
 
@@ -227,6 +227,11 @@ def summary(console, rows, family):
             f"{len(mine)} rows, lowest {low['ratio']:.2f}x ({low['case']})",
             highlight=False,
         )
+    if family == "cross_entropy":
+        from benchmarks import bench_cross_entropy
+
+        for dtype, name, megabytes in bench_cross_entropy.memory(dict.fromkeys(r["shape"]["dtype"] for r in rows)):
+            console.print(f"linear {dtype} 2048x32000: {name} holds {megabytes:.0f} MB at its peak", highlight=False)
     if family == "encoder":
         from benchmarks import bench_encoder
 

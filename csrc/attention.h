@@ -51,7 +51,8 @@ struct Softmax {
   bool log;
 };
 
-// dbias, in the compute type and zero to begin with, is absent where not wanted.
+// dbias, in the compute type and zero to begin with, is absent where not wanted. Where M, not N, is the contiguous
+// dimension of y, dy and dx, there is none.
 struct SoftmaxBackward {
   Tensor dy, y, dx, dbias;
   double scale;

@@ -18,6 +18,8 @@ from .spec import (
     SoftmaxSpec,
 )
 
+_compiling = ops.compiling
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, window: int | tuple[int, int] | None = None,
@@ -56,15 +58,9 @@ def attention(
     >>> q, k, v = (torch.randn(1, 8, 1024, 64) for _ in range(3))
     >>> o = llmfast.attention(q, k, v, causal=True, window=256)
     """
-    common = alibi_slopes is None and sinks is None and window is None and backend is None and not return_lse
-    if common and softcap == 0.0 and dropout_p == 0.0 and ops.undisturbed():
-        code = 0 if causal is False else 1 if causal is True else 2 if causal == "top_left" else None
-        if code is None:
-            o = None
-        elif mask is None and bias is None:
-            o = cpu.attention_fast(q, k, v, code, scale, True)
-        else:
-            o = cpu.extras_fast(q, k, v, code, scale, True, mask, bias, None, None, None)
+    common = alibi_slopes is None and sinks is None and backend is None and not return_lse
+    if common and dropout_p == 0.0 and not _compiling():
+        o = cpu.attention_fast(q, k, v, causal, scale, True, window, softcap, mask, bias, None, None, None)
         if o is not None:
             return o
     q, k, v, bias = arguments.autocast(q, k, v, bias)
@@ -113,9 +109,9 @@ def scaled_dot_product_attention(
             mask = attn_mask
         else:
             bias = attn_mask
-    if dropout_p == 0.0 and ops.undisturbed():
-        call = (query, key, value, 2 if is_causal else 0, scale, enable_gqa)
-        o = cpu.attention_fast(*call) if attn_mask is None else cpu.extras_fast(*call, mask, bias, None, None, None)
+    if dropout_p == 0.0 and not _compiling():
+        causal = "top_left" if is_causal else False
+        o = cpu.attention_fast(query, key, value, causal, scale, enable_gqa, None, 0.0, mask, bias, None, None, None)
         if o is not None:
             return o
     if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
@@ -178,10 +174,12 @@ def attention_varlen(
     >>> cu = torch.tensor([0, 100, 164], dtype=torch.int32)
     >>> o = llmfast.attention_varlen(q, k, v, cu, cu, causal=True)
     """
-    common = alibi_slopes is None and sinks is None and window is None and backend is None and not return_lse
+    common = alibi_slopes is None and sinks is None and backend is None and not return_lse
     common = common and cu_seqlens_q is not None and (causal is True or causal is False)
-    if common and softcap == 0.0 and dropout_p == 0.0 and ops.undisturbed():
-        o = cpu.extras_fast(q, k, v, int(causal), scale, True, None, None, None, cu_seqlens_q, cu_seqlens_k)
+    if common and dropout_p == 0.0 and not _compiling():
+        o = cpu.attention_fast(
+            q, k, v, causal, scale, True, window, softcap, None, None, None, cu_seqlens_q, cu_seqlens_k
+        )
         if o is not None:
             return o
     for name, t in (("q", q), ("k", k), ("v", v)):
@@ -231,10 +229,12 @@ def attention_decode(
 
     >>> o = llmfast.attention_decode(q, k_cache, v_cache, torch.tensor([517], dtype=torch.int32))
     """
-    common = alibi_slopes is None and sinks is None and window is None and page_table is None and backend is None
+    common = alibi_slopes is None and sinks is None and page_table is None and backend is None
     common = common and seqlens_k is not None and not return_lse and (causal is True or causal is False)
-    if common and softcap == 0.0 and ops.undisturbed():
-        o = cpu.extras_fast(q, k_cache, v_cache, int(causal), scale, True, mask, bias, seqlens_k, None, None)
+    if common and not _compiling():
+        o = cpu.attention_fast(
+            q, k_cache, v_cache, causal, scale, True, window, softcap, mask, bias, seqlens_k, None, None
+        )
         if o is not None:
             return o
     if causal == "top_left":
@@ -406,6 +406,12 @@ def cross_entropy(
 
     >>> loss = llmfast.cross_entropy(logits, target, label_smoothing=0.1)
     """
+    if weight is None and backend is None and not _compiling():
+        loss = cpu.cross_entropy_fast(
+            logits, target, ignore_index, label_smoothing, z_loss, softcap, reduction, inplace_backward
+        )
+        if loss is not None:
+            return loss
     spec, extras, every = _cross_entropy_problem(
         logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
@@ -441,7 +447,7 @@ def linear(
 
     >>> y = llmfast.linear(hidden, model.lm_head.weight)
     """
-    if backend is None and ops.undisturbed():
+    if backend is None and not _compiling():
         y = cpu.linear_fast(x, weight, bias)
         if y is not None:
             return y
@@ -506,6 +512,11 @@ def linear_cross_entropy(
     spec, extras, _ = _cross_entropy_problem(
         logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
     )
+    if ops.transforming():
+        raise NotImplementedError(
+            "linear_cross_entropy: torch.func's transforms are not supported; "
+            "take cross_entropy(linear(x, weight, bias), target)"
+        )
     if chunk is None:
         parts = -(-rows.shape[0] // max(16, 2**24 // max(V, 1)))
         chunk = -(-rows.shape[0] // max(parts, 1)) or 1
@@ -567,7 +578,7 @@ def _count(target, spec, extras):
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
-    if mask is None and bias is None and causal is False and out is None and backend is None and ops.undisturbed():
+    if mask is None and bias is None and causal is False and out is None and backend is None and not _compiling():
         y = cpu.softmax_fast(x, dim, scale, log)
         if y is not None:
             return y
@@ -587,7 +598,11 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
             raise ValueError("out: can't be given where a gradient is needed")
     if mask is not None or bias is not None:
         extras = SoftmaxExtras(arguments.mask_of(mask, x.shape, x), arguments.bias_of(bias, x.shape, x))
-    move = (lambda t: t) if dim in (-1, rank - 1) else (lambda t: t.transpose(dim, -1))
+    move = back = lambda t: t
+    if dim not in (-1, rank - 1) and causal is False:  # the last dimension, often the contiguous one, becomes M
+        move, back = (lambda t: t.movedim(dim, -1)), (lambda t: t.movedim(-1, dim))
+    elif dim not in (-1, rank - 1):
+        move = back = lambda t: t.transpose(dim, -1)
 
     def four(t):  # (L0, L1, M, N) with the softmax over N
         if t is None:
@@ -609,6 +624,6 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
     y = ops.softmax(four(x), target, spec, SoftmaxExtras(four(extras.mask), four(extras.bias)), backend)
     if out is not None:
         if target.data_ptr() != out.data_ptr():  # more than 4 dimensions that can't be flattened in place
-            out.copy_(move(y.reshape(move(x).shape)))
+            out.copy_(back(y.reshape(move(x).shape)))
         return out
-    return move(y.reshape(move(x).shape))
+    return back(y.reshape(move(x).shape))

@@ -44,9 +44,10 @@ def attention_forward(
     and cu_seq_lens_k the one row of the batch holds packed sequences, and they alone say who sees whom.
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    options = dict(scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
+    softcap = softcap or 0.0
     if kwargs.get("cu_seq_lens_q") is not None:
-        options |= dict(causal=bool(causal), window=sliding_window if causal else None, dropout_p=dropout)
+        options = dict(scale=scaling, softcap=softcap, sinks=s_aux, causal=bool(causal), dropout_p=dropout)
+        options["window"] = sliding_window if causal else None
         return _packed(query, key, value, kwargs, position_bias, options), None
     if query.shape[0] != key.shape[0]:  # learned queries shared by the batch
         query = query.expand(key.shape[0], -1, -1, -1)
@@ -63,14 +64,15 @@ def attention_forward(
     if position_bias is not None:
         position_bias = position_bias[..., :Nk]
         bias = position_bias if bias is None else bias + position_bias
-    options |= dict(causal=causal, window=sliding_window if causal else None, mask=mask, bias=bias)
-    H, Hk = query.shape[1], key.shape[1]
-    if Nq == 1 and Hk != H and mask is bias is s_aux is options["window"] is None and not dropout:
-        rows = query.reshape(-1, Hk, H // Hk, query.shape[3])  # the heads of a group share keys: read them once
-        o = attention(rows, key, value, scale=scaling, softcap=softcap or 0.0).reshape(-1, H, 1, value.shape[3])
-    else:
-        o = attention(query, key, value, dropout_p=dropout, **options)
-    weights = attention_weights(query, key, **options).to(query.dtype) if _wants_weights(kwargs) else None
+    window = sliding_window if causal else None
+    o = attention(
+        query, key, value, causal=causal, window=window, scale=scaling, softcap=softcap, mask=mask, bias=bias,
+        sinks=s_aux, dropout_p=dropout,
+    )  # fmt: skip
+    weights = None
+    if _wants_weights(kwargs):
+        options = dict(causal=causal, window=window, scale=scaling, softcap=softcap, mask=mask, bias=bias, sinks=s_aux)
+        weights = attention_weights(query, key, **options).to(query.dtype)
     return o.transpose(1, 2).contiguous(), weights
 
 

@@ -24,20 +24,26 @@ from .spec import (
 LINEAR_ROWS = 16  # beyond, a product is no longer bound by reading the weight, and PyTorch's is good
 DECODE_QUERIES = 16  # at most this many queries without gradient take the decode kernel
 
-_compiling = torch.compiler.is_compiling
+compiling = torch.compiler.is_compiling
 _dispatch_modes = getattr(
     torch._C, "_len_torch_dispatch_stack", None
 )  # private: without them every call takes the operator
 _functorch_level = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_tracing = getattr(torch._C, "_get_tracing_state", None)  # torch.jit.trace, which would keep a result as a constant
+_forward_mode = torch.autograd.forward_ad
+_batched = getattr(
+    getattr(torch._C, "_functorch", None), "is_legacy_batchedtensor", lambda t: False
+)  # is_grads_batched
 _grad_enabled = torch.is_grad_enabled
-_autocast = torch.is_autocast_enabled
 
 
 def plain(*tensors: Tensor | None) -> bool:
     """True when raw pointers may be taken: eager, no modes, ordinary CPU or CUDA tensors."""
-    if _compiling() or _dispatch_modes is None or _functorch_level is None:
+    if compiling() or _dispatch_modes is None or _functorch_level is None or _tracing is None:
         return False
-    if _dispatch_modes() or _functorch_level() is not None:
+    if _dispatch_modes() or _functorch_level() is not None or _tracing() is not None:
+        return False
+    if getattr(_forward_mode, "_current_level", 0) >= 0:
         return False
     for t in tensors:
         if t is not None and not ((type(t) is Tensor or type(t) is torch.nn.Parameter) and (t.is_cpu or t.is_cuda)):
@@ -47,13 +53,20 @@ def plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-def undisturbed() -> bool:
-    """True in ordinary eager code: no tracing, modes, transforms or autocast, no `use_backend` or `explain` around the
-    call.
-    """
-    if _compiling() or _dispatch_modes is None or _functorch_level is None or _autocast("cpu"):
-        return False
-    return not _dispatch_modes() and _functorch_level() is None and unforced()
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Forward-mode derivatives, which an operator would drop without a word, are an error."""
+    if compiling() or getattr(_forward_mode, "_current_level", 0) < 0:
+        return
+    if any(t is not None and _forward_mode.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "forward-mode derivatives (torch.func.jvp, jacfwd, hessian, dual numbers) are not supported; "
+            "take reverse mode: torch.func.vjp, jacrev, or jacrev of jacrev"
+        )
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform is around the call."""
+    return not compiling() and _functorch_level is not None and _functorch_level() is not None
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -75,9 +88,9 @@ def attention(q, k, v, spec: AttentionSpec, extras: Extras, backend: str | None,
         if grad:
             return _Attention.apply(q, k, v, extras.bias, extras.sinks, spec, extras, found, backend)
         return _inference(found, q, extras, spec)(q, k, v, spec, extras, return_lse)
+    refuse_tangents(q, k, v, *extras)
     code = ORDER.index(backend) if backend else -1
-    transformed = grad and not _compiling() and _functorch_level is not None and _functorch_level() is not None
-    call = _Transformed.apply if transformed else torch.ops.llmfast.attention_fwd
+    call = _Transformed.apply if grad and transforming() else torch.ops.llmfast.attention_fwd
     return call(q, k, v, *spec, *extras, code, return_lse or grad)
 
 
@@ -97,7 +110,7 @@ def attention_backward(grads, q, k, v, o, lse, spec, extras, backend):
     delta = lambda rowdot: rowdot(o, do) if dlse is None else rowdot(o, do) - dlse
     if _grad_enabled():  # double backward: the formula in differentiable operations, N x N matrices and all
         return reference.backward(do, q, k, v, o, lse, delta(reference.rowdot), spec, extras)
-    if plain(do, q, k, v, o, lse):
+    if plain(do, q, k, v, o, lse) and not _batched(do):
         found = pick("attention", (q, k, v, spec, extras), backend, True)
         d = None if dlse is None and found.makes_delta else delta(found.rowdot)
         return found.backward(do, q, k, v, o, lse, d, spec, extras)
@@ -254,16 +267,18 @@ def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | Non
         if grad:
             return _Softmax.apply(x, extras.bias, spec, extras, found, backend)
         return found.forward(x, out, spec, extras)
+    refuse_tangents(x, *extras)
     code = ORDER.index(backend) if backend else -1
-    transformed = grad and not _compiling() and _functorch_level is not None and _functorch_level() is not None
-    y = (_TransformedSoftmax.apply if transformed else torch.ops.llmfast.softmax_fwd)(x, *spec, *extras, code)
+    y = (_TransformedSoftmax.apply if grad and transforming() else torch.ops.llmfast.softmax_fwd)(
+        x, *spec, *extras, code
+    )
     return y if out is None else out.copy_(y)
 
 
 def softmax_backward(dy, y, spec, extras, backend):
     if _grad_enabled():
         return reference.softmax_backward(dy, y, spec, extras)
-    if plain(dy, y):
+    if plain(dy, y) and not _batched(dy):
         return pick("softmax", (y, spec, extras), backend, True).backward(dy, y, spec, extras)
     dx, dbias = torch.ops.llmfast.softmax_bwd(dy, y, *spec, *extras, ORDER.index(backend) if backend else -1)
     return dx, None if extras.bias is None else dbias
@@ -379,7 +394,9 @@ def cross_entropy(x, target, spec: CrossEntropySpec, extras: CrossEntropyExtras,
         if grad:
             return _CrossEntropy.apply(x, target, spec, extras, found, backend, inplace)
         return found.forward(x, target, spec, extras)[0]
-    return torch.ops.llmfast.cross_entropy_fwd(x, target, *spec, *extras, ORDER.index(backend) if backend else -1)[0]
+    refuse_tangents(x)
+    call = _TransformedCrossEntropy.apply if grad and transforming() else torch.ops.llmfast.cross_entropy_fwd
+    return call(x, target, *spec, *extras, ORDER.index(backend) if backend else -1)[0]
 
 
 def cross_entropy_rows(x, target, spec, extras, backend):
@@ -393,7 +410,7 @@ def cross_entropy_backward(dloss, x, target, lse, spec, extras, backend, inplace
     if _grad_enabled() and (dloss.requires_grad or x.requires_grad):
         lse = torch.logsumexp(reference.capped(reference.wide(x), spec)[0], -1)
         return reference.cross_entropy_backward(dloss, x, target, lse, spec, extras)
-    if plain(dloss, x, target, lse):
+    if plain(dloss, x, target, lse) and not _batched(dloss):
         found = pick("cross_entropy", (x, target, spec, extras), backend, True)
         return found.backward(dloss, x, target, lse, spec, extras, x if inplace else None)
     code = ORDER.index(backend) if backend else -1
@@ -456,6 +473,40 @@ def _ce_grad(ctx, dloss, dlse):
     return dx, *(None,) * (1 + _CSPEC + len(extras) + 1)
 
 
+class _TransformedCrossEntropy(torch.autograd.Function):
+    """The cross entropy operator with its gradient under torch.func transforms."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.llmfast.cross_entropy_fwd(*args)
+
+    setup_context = staticmethod(_ce_setup)
+    backward = staticmethod(_ce_grad)
+
+
+def _ce_vmap(operator, first):
+    """The new dimension joins the rows where there are no class weights of its own, otherwise a loop."""
+
+    def rule(info, in_dims, *args):
+        n = info.batch_size
+        front = [
+            a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
+        ]
+        if in_dims[-2] is None:
+            fold = [
+                (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
+                for t, d in zip(front[:first], in_dims[:first], strict=True)
+            ]
+            y = operator(*fold, *args[first:])
+            return (y.unflatten(0, (n, -1)), 0) if first > 2 else (tuple(t.unflatten(0, (n, -1)) for t in y), (0, 0))
+        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
+        return (torch.stack(rows), 0) if first > 2 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
+
+    return rule
+
+
 _lib.impl("cross_entropy_fwd", _ce_fwd, "CompositeExplicitAutograd")
 _lib.impl("cross_entropy_bwd", _ce_bwd, "CompositeExplicitAutograd")
 torch.library.register_fake(
@@ -465,6 +516,9 @@ torch.library.register_fake(
 )
 torch.library.register_fake("llmfast::cross_entropy_bwd", lambda dloss, x, *_: torch.empty_like(x), lib=_lib)
 torch.library.register_autograd("llmfast::cross_entropy_fwd", _ce_grad, setup_context=_ce_setup, lib=_lib)
+
+torch.library.register_vmap("llmfast::cross_entropy_fwd", _ce_vmap(torch.ops.llmfast.cross_entropy_fwd, 2), lib=_lib)
+torch.library.register_vmap("llmfast::cross_entropy_bwd", _ce_vmap(torch.ops.llmfast.cross_entropy_bwd, 4), lib=_lib)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -528,7 +582,7 @@ def linear(x, weight, bias, backend: str | None):
     """x (..., D) weight (V, D)^T + bias (V,) without gradient and of few rows on a backend, PyTorch's otherwise."""
     check_name(backend)
     grad = needs_grad(x, weight, bias)
-    if _compiling() or _dispatch_modes is None or _dispatch_modes():
+    if compiling() or _dispatch_modes is None or _dispatch_modes():
         if backend is None and (grad or not x.is_cpu or x.shape[:-1].numel() > LINEAR_ROWS):
             return torch.nn.functional.linear(x, weight, bias)
         return torch.ops.llmfast.linear(x, weight, bias, ORDER.index(backend) if backend else -1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("rich")
-from benchmarks import bench_attention, bench_softmax, measure
+from benchmarks import bench_attention, bench_cross_entropy, bench_softmax, measure
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,20 @@ def test_work_is_counted_once():
     assert bench_attention.work(shape) == (4 * 2 * 4 * 128 * 128 * 64, "FLOP/s")
     assert bench_attention.work(shape._replace(causal=True, backward=True))[0] == 5 * 2 * 4 * 128 * 128 * 64
     assert bench_softmax.work(bench_softmax.Shape("bfloat16", 8, 16, False)) == (2 * 8 * 16 * 2, "B/s")
+
+
+def test_cross_entropy_family():
+    shapes = list(bench_cross_entropy.shapes("cpu", dtypes=("float32",)))
+    assert len(shapes) == 8
+    for shape in (s._replace(rows=6, V=40, D=min(s.D, 8)) for s in shapes):
+        tensors = bench_cross_entropy.inputs(shape, "cpu")
+        want = bench_cross_entropy.truth(shape, tensors)
+        for provider in bench_cross_entropy.providers("cpu").values():
+            assert measure.error(bench_cross_entropy.call(provider, shape, tensors)(), want) < 1e-5
+    peaks = {name: mb for _, name, mb in bench_cross_entropy.memory(("float32",), rows=1024, V=20000, D=16)}
+    logits = 1024 * 20000 * 4e-6
+    assert 2 * logits < peaks["torch"] < 4 * logits
+    assert 0.4 * logits < peaks["llmfast"] < 2 * logits  # chunks of 419 rows
 
 
 def test_error_of_something_not_finite():

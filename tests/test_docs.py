@@ -22,13 +22,15 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def test_the_page_has_its_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 9
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.split("\n# after")[-1].strip().splitlines()[-1][:40])
 def test_snippet(snippet, tmp_path):
     names = dict(torch=torch, llmfast=llmfast, batch=torch.randn(2, 5, 32))
     names |= {x: torch.randn(1, 2, 5, 8) for x in "qkv"}
+    names |= dict(scores=torch.randn(5, 5), logits=torch.randn(5, 9), target=torch.randint(0, 9, (5,)))
+    names |= dict(hidden=torch.randn(5, 4), weight=torch.randn(9, 4))
     names["old"] = torch.nn.MultiheadAttention(512, 8)
     names["model"] = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     if "activate_flash" in snippet and not hasattr(torch.nn.attention, "register_flash_attention_impl"):

@@ -235,3 +235,24 @@ def test_cross_entropy_loss(options, reduction):
     torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (got, want)))
     with pytest.raises(TypeError, match="target: expected int64"):
         llmfast.nn.CrossEntropyLoss()(x, torch.rand(6, 9, 3))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        llmfast.nn.MultiheadAttention(E, H),
+        llmfast.nn.Softmax(0, scale=0.5, causal=True),
+        llmfast.nn.LogSoftmax(1),
+        llmfast.nn.CrossEntropyLoss(torch.ones(9), z_loss=0.1, softcap=3.0),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_every_module_copies_and_pickles(module):
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is type(module)
+        assert str(twin) == str(module)
+        own = lambda m: {k: v for k, v in vars(m).items() if not k.startswith("_")}
+        assert own(twin) == own(module)
+        assert all(
+            torch.equal(a, b) for a, b in zip(twin.state_dict().values(), module.state_dict().values(), strict=True)
+        )

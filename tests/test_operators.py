@@ -69,6 +69,12 @@ def test_opcheck():
         args = (o, q, k, v, o, lse, lse, *spec, *none, -1)
         detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
         torch.library.opcheck(torch.ops.llmfast.attention_bwd.default, tuple(detached))
+        p = x.softmax(-1)
+        torch.library.opcheck(torch.ops.llmfast.softmax_bwd.default, (p, p, 1.0, 2**30, False, None, None, -1))
+        x, y = torch.randn(5, 9), torch.randint(0, 9, (5,))
+        loss, lse = torch.ops.llmfast.cross_entropy_fwd(x, y, 3, 0.1, 0.0, 0.0, None, -1)
+        args = (loss, x, y, lse, 3, 0.1, 0.0, 0.0, torch.rand(9), -1)
+        torch.library.opcheck(torch.ops.llmfast.cross_entropy_bwd.default, args)
 
 
 def test_fake_strides_are_real_strides():
@@ -108,6 +114,79 @@ def test_vmap():
     torch.testing.assert_close(per_sample, wanted)
 
 
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_vmap_of_cross_entropy():
+    x, y, w = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6)), torch.rand(4, 9)
+    for work in (
+        lambda fn: torch.vmap(fn)(x, y),
+        lambda fn: torch.vmap(fn, (0, None))(x, y[0]),
+        lambda fn: torch.vmap(lambda x, y, w: fn(x, y, weight=w))(x, y, w),
+        lambda fn: torch.vmap(torch.func.grad(fn))(x, y),
+        lambda fn: torch.func.jacrev(torch.func.jacrev(lambda x: fn(x, y[0])))(x[0]),
+    ):
+        torch.testing.assert_close(work(llmfast.cross_entropy), work(F.cross_entropy))
+    with pytest.raises(NotImplementedError, match="transforms are not supported"):
+        torch.func.grad(lambda h: llmfast.linear_cross_entropy(h, x[0, :, :], y[0, :4] % 6))(torch.randn(4, 9))
+
+
+def test_vmap_of_a_mask():
+    q, k, v = (torch.randn(5, 2, 12, 8) for _ in range(3))
+    mask = torch.rand(5, 12, 12) > 0.4
+    mask[..., 0] = True
+    gradient = lambda fn: torch.vmap(torch.func.grad(lambda q, k, v, m: fn(q, k, v, m).sin().sum(), argnums=(0, 1, 2)))(
+        q, k, v, mask
+    )
+    found = (gradient(f) for f in (llmfast.scaled_dot_product_attention, F.scaled_dot_product_attention))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+def test_forward_mode_is_refused():
+    """A tangent is never dropped."""
+    q, x = torch.randn(1, 2, 5, 8), torch.randn(4, 9)
+    y = torch.tensor([0, 8, 3, 3])
+    for fn, a in (
+        (lambda q: llmfast.attention(q, q, q), q),
+        (lambda q: llmfast.scaled_dot_product_attention(q, q, q), q),
+        (llmfast.softmax, x),
+        (lambda x: llmfast.cross_entropy(x, y), x),
+    ):
+        with pytest.raises(NotImplementedError, match="take reverse mode"):
+            torch.func.jvp(fn, (a,), (a,))
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(a, a)
+            with pytest.raises(NotImplementedError, match="take reverse mode"):
+                fn(dual)
+            fn(a)  # no tangent
+    w = torch.randn(3, 9)
+    tangents = [torch.func.jvp(lambda x, f=f: f(x, w), (x,), (x,)) for f in (llmfast.linear, F.linear)]
+    torch.testing.assert_close(*tangents)
+
+
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    inputs = tensors()
+    want = grads(attend, inputs)[1]
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        attend(*inputs).sin().sum().backward()
+    torch.testing.assert_close([t.grad for t in inputs], list(want))
+
+
+def test_fake_and_meta_cross_entropy():
+    given = torch.randn(5, 9), torch.randint(0, 9, (5,)), torch.randn(5, 4), torch.randn(9, 4)
+
+    def run(x, y, h, w):
+        x = x.detach().requires_grad_()
+        loss = llmfast.cross_entropy(x, y, reduction="none")
+        (loss.sum() + llmfast.cross_entropy(x, y, label_smoothing=0.1)).backward()
+        return loss.shape, x.grad.shape, llmfast.linear_cross_entropy(h, w, y).shape, llmfast.softmax(x, 0).stride()
+
+    want = run(*given)
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert run(*(mode.from_tensor(t) for t in given)) == want
+    assert run(*(t.to("meta") for t in given)) == want
+
+
 def test_functional_grad():
     q, k, v = tensors(grad=False)
     got = torch.func.grad(lambda q: attend(q, k, v).sin().sum())(q)
@@ -125,10 +204,44 @@ def test_export():
     torch.testing.assert_close(exported.module()(*inputs), Model()(*inputs))
 
 
-def test_checkpoint():
-    inputs = tensors()
-    again = lambda *x: torch.utils.checkpoint.checkpoint(attend, *x, use_reentrant=False)
-    torch.testing.assert_close(grads(again, inputs), grads(attend, inputs))
+def test_export_with_dynamic_shapes():
+    class Model(torch.nn.Module):
+        def forward(self, q, x, y, mask):
+            o = llmfast.scaled_dot_product_attention(q, q, q, is_causal=True)
+            return o, llmfast.softmax(x, 0), llmfast.cross_entropy(llmfast.log_softmax(x, mask=mask), y)
+
+    make = lambda b, n: (torch.randn(b, 2, n, 8), torch.randn(n, 9), torch.randint(0, 9, (n,)), torch.rand(n, 9) < 2)
+    B, N = torch.export.Dim("B", min=1, max=64), torch.export.Dim("N", min=2, max=512)
+    exported = torch.export.export(Model(), make(2, 12), dynamic_shapes=({0: B, 2: N}, {0: N}, {0: N}, {0: N}))
+    inputs = make(3, 30)
+    torch.testing.assert_close(exported.module()(*inputs), Model()(*inputs))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and warns of every number it keeps
+def test_jit_trace_keeps_no_results():
+    q, x = torch.randn(2, 2, 5, 8), torch.randn(4, 9)
+    y = torch.tensor([0, 8, 3, 3])
+    for fn, a in (
+        (lambda q: llmfast.attention(q, q, q), q),
+        (llmfast.softmax, x),
+        (lambda x: llmfast.cross_entropy(x, y), x),
+    ):
+        traced = torch.jit.trace(fn, (a,), check_trace=False)
+        torch.testing.assert_close(traced(a + a.flip(-1)), fn(a + a.flip(-1)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_checkpoint(reentrant, dropout_p):
+    fn = lambda *x: llmfast.attention(*x, causal=True, dropout_p=dropout_p)
+    again = lambda *x: torch.utils.checkpoint.checkpoint(fn, *x, use_reentrant=reentrant)
+    found = []
+    for call in (again, fn):
+        inputs = tensors()
+        torch.manual_seed(1)
+        call(*inputs).sin().sum().backward()
+        found.append([t.grad for t in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_double_backward():
@@ -137,6 +250,20 @@ def test_double_backward():
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(llmfast.softmax, (x,))
     assert torch.autograd.gradgradcheck(llmfast.log_softmax, (x,))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_of_softmax_and_cross_entropy(dtype, autocast):
+    """PyTorch's autocast leaves softmax alone on a CPU; the loss of half-precision logits is float32 everywhere."""
+    x, y = torch.randn(4, 9).to(dtype).requires_grad_(), torch.tensor([0, 8, 3, 3])
+    with torch.autocast("cpu", dtype=autocast):
+        for ours, theirs in ((llmfast.softmax, torch.softmax), (llmfast.log_softmax, F.log_softmax)):
+            assert ours(x, -1).dtype == theirs(x, -1).dtype
+        got, want = llmfast.cross_entropy(x, y), F.cross_entropy(x, y)
+    assert got.dtype == want.dtype == torch.float32
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (got, want)))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

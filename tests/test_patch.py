@@ -2,11 +2,13 @@
 
 import threading
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmfast
 from llmfast import backends, functional, patch
@@ -88,6 +90,83 @@ def test_dropout_trains(calls):
         assert not torch.equal(first, m(X))
     first.sum().backward()
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_gradients(dtype, calls):
+    grads = []
+    for context in (llmfast.sdpa, nullcontext):
+        inputs = [
+            t.clone().requires_grad_() for t in torch.randn(3, 2, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+        ]
+        with torch.autocast("cpu", dtype), context():
+            o = F.scaled_dot_product_attention(*inputs, is_causal=True)
+            assert o.dtype == dtype
+            o.float().sin().sum().backward()
+        grads.append([t.grad for t in inputs])
+    assert len(calls) == 1
+    for a, b in zip(*grads, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=3e-2, rtol=3e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpoint(reentrant, dropout, calls):
+    m, grads = module("encoder", dropout).train(), []
+    layer = m.layers[0]
+    for run in (lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant), layer):
+        x = X.clone().requires_grad_()
+        with llmfast.sdpa():
+            torch.manual_seed(0)
+            grads.append(torch.autograd.grad(run(x).sin().sum(), x)[0] if not reentrant else backward(run, x))
+    assert len(calls) == 3
+    torch.testing.assert_close(*grads, atol=0, rtol=0)
+
+
+def backward(run, x):
+    run(x).sin().sum().backward()
+    return x.grad
+
+
+def test_transforms_and_second_derivatives(calls):
+    q, k, v = torch.randn(3, 5, 2, 6, 8, dtype=torch.float64)
+    loss = lambda q, k, v: F.scaled_dot_product_attention(q, k, v).sin().sum()
+    with sdpa_kernel(SDPBackend.MATH):
+        want = torch.vmap(torch.func.grad(loss))(q, k, v)
+    with llmfast.sdpa():
+        torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(q, k, v), want)
+        leaves = [t[:1, :, :3].clone().requires_grad_() for t in (q, k, v)]
+        assert torch.autograd.gradgradcheck(F.scaled_dot_product_attention, leaves)
+    assert calls
+
+
+def test_an_exception_in_one_thread_leaves_the_others_inside():
+    inside, failed, wrong = threading.Barrier(2), threading.Event(), []
+
+    def fails():
+        q = torch.randn(1, 2, 4, 8)
+        try:
+            with llmfast.sdpa():
+                inside.wait()
+                F.scaled_dot_product_attention(q, q, q, torch.ones(4, 4), is_causal=True)
+            wrong.append("accepted")
+        except ValueError:
+            failed.set()
+
+    def stays():
+        with llmfast.sdpa(), llmfast.sdpa():
+            inside.wait()
+            failed.wait(60)
+            if F.scaled_dot_product_attention is not patch.scaled_dot_product_attention:
+                wrong.append("restored too early")
+
+    threads = [threading.Thread(target=f) for f in (fails, stays)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
 
 
 def test_restores_after_an_exception_and_when_nested():

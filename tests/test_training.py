@@ -55,15 +55,18 @@ def losses(make, implementation):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize(
-    "make", [gemma2, pytest.param(llama, marks=pytest.mark.long), pytest.param(Encoder, marks=pytest.mark.long)]
-)
+LONG = [pytest.param(make, marks=pytest.mark.long) for make in (llama, Encoder)]
+
+
+@pytest.mark.parametrize("make", [gemma2, *LONG])
 def test_training(make):
+    """Eager, PyTorch's sdpa, llmfast, and sdpa inside `with llmfast.sdpa()`."""
     want = losses(make, "eager")
-    if make is Encoder:
-        with llmfast.sdpa():
-            got = losses(make, "llmfast")
-    else:
-        got = losses(make, "llmfast")
+    found = [losses(make, "sdpa")]
+    if make is not Encoder:
+        found.append(losses(make, "llmfast"))
+    with llmfast.sdpa():
+        found.append(losses(make, "sdpa"))
     assert want[-1] < want[0]
-    assert ((got - want).abs() <= 2e-5 * want).all()
+    for got in found:
+        assert ((got - want).abs() <= 2e-5 * want).all()

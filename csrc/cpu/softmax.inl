@@ -353,8 +353,50 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
+// backward_row of kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
+template <class T>
+void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  constexpr int64_t kBlock = 256;  // what is summed in the compute type; the blocks' sums are added in double
+  const int64_t N = p.y.size[3], count = min<int64_t>(L, p.y.size[2] - i);
+  const T *y = at<T>(p.y, a, b, i), *dy = at<T>(p.dy, a, b, i);
+  T* dx = at<T>(p.dx, a, b, i);
+  const C scale = static_cast<C>(p.scale);
+  auto read = [&](const T* x) __attribute__((always_inline)) { return count < L ? load_part(x, count) : loadu(x); };
+  auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
+  double totals[L] = {};
+  for (int64_t j = 0; j < N; j += kBlock) {
+    V sums{};
+    for (int64_t k = j; k < min(j + kBlock, N); k++) {
+      const V v = read(y + k * p.y.stride[3]), d = read(dy + k * p.dy.stride[3]);
+      sums += p.log ? counts(v, d) : v * d;
+    }
+    for (int k = 0; k < L; k++) totals[k] += sums[k];
+  }
+  V all;
+  for (int k = 0; k < L; k++) all[k] = static_cast<C>(totals[k]);
+  for (int64_t j = 0; j < N; j++) {
+    const V v = read(y + j * p.y.stride[3]), d = read(dy + j * p.dy.stride[3]);
+    const V ds = (p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all)) * scale;
+    if (count < L) {
+      store_part(dx + j * p.dx.stride[3], ds, count);
+    } else {
+      storeu(dx + j * p.dx.stride[3], ds);
+    }
+  }
+}
+
 template <class T>
 void backward(const SoftmaxBackward& p) {
+  if (p.y.size[3] > 1 && p.y.stride[3] != 1) {
+    const int64_t L = kLanesOf<compute<T>>, L1 = p.y.size[1], groups = (p.y.size[2] + L - 1) / L;
+    const int64_t all = p.y.size[0] * L1 * groups;
+#pragma omp parallel for schedule(static) if (all > 1 && all * L * p.y.size[3] > 32768)
+    for (int64_t t = 0; t < all; t++) backward_columns<T>(p, t / (L1 * groups), t / groups % L1, t % groups * L);
+    return;
+  }
   // Rows that add to the same element of dbias stay in one task, in order.
   const int64_t* size = p.y.size;
   int64_t units[3], tasks = 1;

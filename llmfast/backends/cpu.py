@@ -4,8 +4,18 @@ import os
 
 import torch
 
+from .. import ops
 from ..ops import LINEAR_ROWS, lse_dtype
-from ..spec import Grads
+from ..spec import (
+    NO_CROSS_ENTROPY_EXTRAS,
+    NO_SOFTMAX_EXTRAS,
+    OPEN,
+    AttentionSpec,
+    CrossEntropySpec,
+    Extras,
+    Grads,
+    SoftmaxSpec,
+)
 from . import Op
 
 try:
@@ -17,12 +27,83 @@ except ImportError as problem:
 if _cpu is not None and os.environ.get("LLMFAST_ISA"):
     _cpu.select(os.environ["LLMFAST_ISA"])
 
-attention_fast, extras_fast, softmax_fast, linear_fast = (
-    (lambda *_: None,) * 4
-    if _cpu is None
-    else (_cpu.attention_fast, _cpu.extras_fast, _cpu.softmax_fast, _cpu.linear_fast)
-)
+_absent = lambda *_: None
+attention_fast = _absent if _cpu is None else _cpu.attention_fast
+softmax_fast = _absent if _cpu is None else _cpu.softmax_fast
+cross_entropy_fast = _absent if _cpu is None else _cpu.cross_entropy_fast
+linear_fast = _absent if _cpu is None else _cpu.linear_fast
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _short_way(ctx, d, kernel):
+    """The gradient in one call, or None: it is differentiated again, traced or forced, or d is of another kind."""
+    return None if ops.compiling() else kernel(d, ctx.saved_tensors, ctx.numbers)
+
+
+class _Recorded(torch.autograd.Function):
+    """What attention_fast, softmax_fast or cross_entropy_fast has computed: done is (result, saved, numbers)."""
+
+    @staticmethod
+    def forward(ctx, *given):
+        result, saved, ctx.numbers = given[-1]
+        ctx.save_for_backward(*saved)
+        return result
+
+
+class _Attention(_Recorded):
+    """saved is (q, k, v, o, lse), where one is given mask, bias, cu_seqlens_q, cu_seqlens_k; numbers is the spec."""
+
+    @staticmethod
+    def backward(ctx, do):
+        if (found := _short_way(ctx, do, _cpu.attention_gradient)) is not None:
+            return found
+        q, k, v, o, lse, *given = ctx.saved_tensors
+        mask, bias, cu_q, cu_k = given or (None,) * 4
+        four = lambda t: None if t is None else t[(None,) * (4 - t.dim())]
+        extras = Extras(four(mask), four(bias), cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+        spec = AttentionSpec(*ctx.numbers)
+        if extras.packed:  # (T, H, D) to (1, H, T, D)
+            q, k, v, o, do = (t.transpose(0, 1)[None] for t in (q, k, v, o, do))
+        if torch.is_grad_enabled():  # lse as a function of the inputs
+            o, lse = ops.attention(q, k, v, spec, extras, None, True)
+        grads = ops.attention_backward((do, None), q, k, v, o, lse, spec, extras, None)[:3]
+        return *(t[0].transpose(0, 1) if extras.packed else t for t in grads), None
+
+
+class _Softmax(_Recorded):
+    """saved is (y,), numbers (scale, log, dim)."""
+
+    @staticmethod
+    def backward(ctx, dy):
+        if (found := _short_way(ctx, dy, _cpu.softmax_gradient)) is not None:
+            return found
+        scale, log, dim = ctx.numbers
+        dy, y = (t.movedim(dim, -1) for t in (dy, *ctx.saved_tensors))
+        four = lambda t: t[(None,) * (4 - t.dim())]
+        dx, _ = ops.softmax_backward(four(dy), four(y), SoftmaxSpec(scale, OPEN, log), NO_SOFTMAX_EXTRAS, None)
+        return dx.reshape(y.shape).movedim(-1, dim), None
+
+
+class _CrossEntropy(_Recorded):
+    """saved is (logits, target, lse), numbers the spec, what a mean divides by and inplace."""
+
+    @staticmethod
+    def backward(ctx, dloss):
+        if (found := _short_way(ctx, dloss, _cpu.cross_entropy_gradient)) is not None:
+            return found
+        x, target, lse = ctx.saved_tensors
+        *spec, divisor, inplace = ctx.numbers
+        if dloss.dim() == 0:
+            dloss = (dloss / divisor).expand(x.shape[0])
+        spec = CrossEntropySpec(*spec)
+        dx = ops.cross_entropy_backward(dloss, x, target, lse, spec, NO_CROSS_ENTROPY_EXTRAS, None, inplace)
+        return dx, None, None
+
+
+if (
+    _cpu is not None
+):  # Function.apply itself only asks first for torch.func's transforms, which the short way never meets
+    _cpu.record_with(*(super(torch.autograd.Function, f).apply for f in (_Attention, _Softmax, _CrossEntropy)))
 
 
 def available() -> str | None:
@@ -88,8 +169,7 @@ attention = Op(
 def _fresh(x):
     """An output like x; a large one asks for huge pages, as a fault for each 4 KiB takes longer than the kernel."""
     y = torch.empty_like(x)
-    if y.nbytes >= 1 << 23:
-        _cpu.huge_pages(y)
+    _cpu.huge_pages(y)
     return y
 
 
@@ -114,7 +194,9 @@ def _softmax_forward(x, out, spec, extras):
 
 
 def _softmax_backward(dy, y, spec, extras):
-    dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
+    across = extras.bias is None and all(t.stride(-2) == 1 and t.stride(-1) != 1 for t in (dy, y))
+    if not across:
+        dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
     dx = _fresh(y)
     dbias = None if extras.bias is None else torch.zeros(extras.bias.shape, dtype=lse_dtype(y))
     _cpu.softmax_backward(dy, y, dx, dbias, spec.scale, spec.log)
