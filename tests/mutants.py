@@ -150,7 +150,8 @@ def plant(mutant, folder):
     (folder / mutant.path).write_text(faulty(mutant))
 
 
-TESTS = [f"tests/test_{name}.py" for name in ("attention", "softmax", "cross_entropy", "properties", "large")]
+KINDS = ("attention", "softmax", "cross_entropy", "cpu_forward", "cpu_backward", "properties", "large")
+TESTS = [f"tests/test_{name}.py" for name in KINDS]
 
 
 def failing(folder, on_triton, isa, *options):
