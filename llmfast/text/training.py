@@ -141,6 +141,8 @@ def train(
     weights, _ = whole_state(model, opts)
     if rank == 0:
         finish(model.config, weights, folder, tokenizer, losses, best["checks"])
+    if world > 1:
+        dist.barrier()  # nobody goes on before the model is there
     return losses
 
 
