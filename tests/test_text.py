@@ -248,9 +248,9 @@ def run(capsys, *arguments):
 
 
 def test_commands(tmp_path, capsys):
-    data, out = tmp_path / "corpus.txt", tmp_path / "model"
-    lines = (EXAMPLES / "corpus.txt").read_text(encoding="utf-8").splitlines(keepends=True)
-    data.write_text("".join(lines[::5]), encoding="utf-8")
+    data, out = tmp_path / "some.txt", tmp_path / "model"
+    lines = (EXAMPLES / "corpus.txt").read_text(encoding="utf-8").splitlines()
+    data.write_text("\n".join(lines[:40]), encoding="utf-8")
     small = ["--steps", 8, "--dim", 32, "--layers", 1, "--vocab-size", 400, "--warmup", 2, "--save-every", 4]
     code, said, _ = run(capsys, "train", "--data", data, "--out", out, *small)
     assert code == 0

@@ -315,7 +315,11 @@ def evaluate(a) -> None:
     pieces, checked, held = (task.examples(r, tokenizer, model.config.max_length) for r in parts)
     torch.manual_seed(0)
     V = model.config.vocab_size
-    ngram, neural = models.NGram.best(pieces, checked, V), models.NeuralLM(V).fit(pieces, checked)
+    console = Console()
+    with console.status("counting n-grams, orders 2 to 5, and smoothing them"):
+        ngram = models.NGram.best(pieces, checked, V)
+    with console.status("training the neural network"):
+        neural = models.NeuralLM(V).fit(pieces, checked)
     found = {
         f"{ngram.order}-gram, {ngram.smoothing}, the best of 16 on validation": ngram.surprisal(held),
         f"neural network, {neural.context} tokens of context": neural.surprisal(held),
@@ -324,7 +328,7 @@ def evaluate(a) -> None:
     table = Table("model", "perplexity", "bits a token", title=f"{len(found['transformer'])} held-out tokens")
     for name, nats in found.items():
         table.add_row(name, f"{tasks.perplexity(nats):.2f}", f"{nats.mean() / torch.tensor(2.0).log():.3f}")
-    Console().print(table)
+    console.print(table)
     if a.words:
         best, perplexity, unknown = tasks.words(rows, validation, held_out)
         print(

@@ -136,11 +136,13 @@ def train(
         model.zero_grad()
     keep(model, opts, s, losses, state, best)
     if best["model"]:
-        model.load_state_dict(best["model"])
+        load_whole(model, [], best["model"], {})
     model.eval()
     weights, _ = whole_state(model, opts)
     if rank == 0:
         finish(model.config, weights, folder, tokenizer, losses, best["checks"])
+    if world > 1:
+        dist.barrier()  # nobody goes on before the model is there
     return losses
 
 
@@ -154,7 +156,8 @@ def check(step_of, model, task, validation, s, step, best) -> None:
     model.train()
     best["checks"].append((step, loss))
     if loss < best["loss"]:
-        best.update(loss=loss, step=step, model={k: v.clone() for k, v in model.state_dict().items()})
+        weights, _ = whole_state(model, [])
+        best.update(loss=loss, step=step, model={k: v.clone() for k, v in weights.items()})
 
 
 def whole_state(model, opts) -> tuple[dict, dict]:
@@ -162,6 +165,13 @@ def whole_state(model, opts) -> tuple[dict, dict]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # half a second of imports
 
     return get_state_dict(model, opts, options=StateDictOptions(full_state_dict=True))
+
+
+def load_whole(model, opts, weights, moments) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    whole = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, opts, model_state_dict=weights, optim_state_dict=moments, options=whole)
 
 
 def keep(model, opts, s, losses, path: Path, best) -> None:
@@ -176,15 +186,12 @@ def keep(model, opts, s, losses, path: Path, best) -> None:
 def restore(model, opts, s, path: Path, best) -> list[float]:
     if not path.is_file():
         return []
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
     try:
         found = torch.load(path, weights_only=True, map_location=model.device)
         before = {k: v for k, v in found["settings"].items() if k != "save_every"}
         if before != {k: v for k, v in asdict(s).items() if k != "save_every"}:
             raise ValueError(f"{path}: was made with other settings ({found['settings']}); use them, or another folder")
-        whole = StateDictOptions(full_state_dict=True)
-        set_state_dict(model, opts, model_state_dict=found["model"], optim_state_dict=found["opts"], options=whole)
+        load_whole(model, opts, found["model"], found["opts"])
         best.update(found["best"])
     except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
         raise ValueError(f"{path}: can't be resumed ({str(problem).splitlines()[0]})") from None
