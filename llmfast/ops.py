@@ -565,7 +565,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         dx, dweight, dbias = ctx.saved_tensors
-        whole = not _compiling() and g.is_cpu and g == 1  # of a loss that is the last thing computed
+        whole = not compiling() and g.is_cpu and g == 1  # of a loss that is the last thing computed
         scaled = lambda t, dtype: None if t is None else (t if whole else t * g.to(t.dtype)).to(dtype)
         return (
             None if dx is None else scaled(dx, dx.dtype),

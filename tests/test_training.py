@@ -55,18 +55,16 @@ def losses(make, implementation):
     return torch.tensor(found)
 
 
-LONG = [pytest.param(make, marks=pytest.mark.long) for make in (llama, Encoder)]
-
-
-@pytest.mark.parametrize("make", [gemma2, *LONG])
+@pytest.mark.parametrize("make", [gemma2, Encoder, pytest.param(llama, marks=pytest.mark.long)])
 def test_training(make):
     """Eager, PyTorch's sdpa, llmfast, and sdpa inside `with llmfast.sdpa()`."""
-    want = losses(make, "eager")
-    found = [losses(make, "sdpa")]
+    want, found = losses(make, "eager"), []
     if make is not Encoder:
         found.append(losses(make, "llmfast"))
-    with llmfast.sdpa():
+    if make is not gemma2:  # transformers has no sdpa for it: softcap
         found.append(losses(make, "sdpa"))
+        with llmfast.sdpa():
+            found.append(losses(make, "sdpa"))
     assert want[-1] < want[0]
     for got in found:
         assert ((got - want).abs() <= 2e-5 * want).all()
