@@ -87,3 +87,26 @@ def test_past_the_caches():
         x = torch.randn(1021 * cols + 1).to(dtype)[1:].view(1021, cols)  # rows start at any element of a cache line
         one_by_one = torch.stack([llmfast.softmax(row, backend="cpu") for row in x])
         assert torch.equal(llmfast.softmax(x, backend="cpu"), one_by_one)
+
+
+LENGTHS = [1, 7, 4097, 262145, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 65537, 1_000_003, 2**20))]
+
+
+@pytest.mark.parametrize("columns", LENGTHS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_number_of_columns(columns, backend):
+    """Rows of one dtype and the other, over the last dimension and over the first, and their gradients."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 3, columns), torch.rand(3, columns) - 0.5
+    run_or_skip(x, {}, None, backend)
+    for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        for f, theirs in ((llmfast.softmax, torch.softmax), (llmfast.log_softmax, torch.log_softmax)):
+            for move in (lambda t: t, lambda t: t.t().contiguous()):
+                dim = -1 if move(x[0]).shape == x[0].shape else 0
+                leaf = move(x[0]).to(dtype).requires_grad_()
+                wide = leaf.detach().double().requires_grad_()
+                y, want = f(leaf, dim, backend=backend), theirs(wide, dim)
+                torch.testing.assert_close(y.double(), want, atol=atol, rtol=atol)
+                grads = [torch.autograd.grad(o, t, move(dy).to(o.dtype))[0] for o, t in ((y, leaf), (want, wide))]
+                bound = 8 * atol * max(1.0, grads[1].abs().max().item())
+                assert (grads[0] - grads[1]).abs().max() <= bound
