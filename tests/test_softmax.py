@@ -1,5 +1,7 @@
 """Every backend on every softmax case, against float64 by the rule of llmfast.cases."""
 
+import itertools
+
 import pytest
 import torch
 from test_attention import DTYPES, device_of, sampled, skip
@@ -110,3 +112,34 @@ def test_any_number_of_columns(columns, backend):
                 grads = [torch.autograd.grad(o, t, move(dy).to(o.dtype))[0] for o, t in ((y, leaf), (want, wide))]
                 bound = 8 * atol * max(1.0, grads[1].abs().max().item())
                 assert (grads[0] - grads[1]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("log", [False, True])
+def test_gradcheck(log, backend):
+    """Every option with every other, first and second derivatives, in float64."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    mask = torch.rand(2, 1, 4) > 0.3
+    mask[..., 0] = True
+    run_or_skip(x, {}, None, backend)
+    f = llmfast.log_softmax if log else llmfast.softmax
+    seen = (lambda y: y.masked_fill(y == float("-inf"), 0.0)) if log else lambda y: y
+    for scale, masked, biased, causal in itertools.product((1.0, -0.7), (False, True), (False, True), (False, True)):
+        options = dict(scale=scale, causal=causal, backend=backend, mask=mask if masked else None)
+        inputs = (x.clone().requires_grad_(), bias.clone().requires_grad_())[: 1 + biased]
+        fn = lambda x, b=None, o=options: seen(f(x, bias=b, **o))
+        assert torch.autograd.gradcheck(fn, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_recorded_without_gradients(context):
+    x, y = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 8, 3, 3])
+    for f in (llmfast.softmax, lambda x: llmfast.log_softmax(x, 0), lambda x: llmfast.cross_entropy(x, y)):
+        want = f(x)
+        assert want.requires_grad
+        with context():
+            got = f(x)
+        assert not got.requires_grad
+        assert torch.equal(got, want)
