@@ -194,6 +194,38 @@ def test_compiles_whole():
     torch.library.opcheck(torch.ops.llmfast.cross_entropy_fwd.default, (x, y, -100, 0.1, 0.0, 0.0, None, -1))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_compiles_whole_with_dynamic_shapes(reduction):
+    torch._dynamo.reset()
+    fn = lambda x, y: llmfast.cross_entropy(x, y, reduction=reduction, ignore_index=2, label_smoothing=0.1)
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n in (5, 8):
+        x, y = torch.randn(n, 9, requires_grad=True), torch.randint(0, 9, (n,))
+        losses = compiled(x, y), fn(x, y)
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x) for loss in losses))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_rise(dtype):
+    """A chunk is summed against the largest number before it: rows that grow by little and by much, and fall again."""
+    steps = torch.arange(70000) / 2048
+    rows = [
+        steps * 0.3,
+        steps * 9,
+        (steps // 5) * 70,
+        -steps * 9,
+        (steps - 17).abs() * 50,
+        (steps // 3) % 2 * 300 - 900,
+    ]
+    x = (torch.stack(rows) + torch.randn(6, 70000)).to(dtype)
+    y = torch.randint(0, 70000, (6,))
+    for options in ({}, dict(label_smoothing=0.1), dict(softcap=2e3)):
+        got = llmfast.cross_entropy(x, y, reduction="none", backend="cpu", **options)
+        want = truth(x.double(), y, options)
+        torch.testing.assert_close(got.double(), want, atol=1e-3, rtol=2e-6)
+
+
 def test_half_precision_has_a_float32_loss():
     x, y = (torch.randn(64, 1000) * 4).bfloat16(), torch.randint(0, 1000, (64,))
     loss = llmfast.cross_entropy(x, y)
@@ -273,3 +305,17 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "columns", [1, 7, 50257, *(pytest.param(n, marks=pytest.mark.long) for n in (151936, 1_000_003, 2**20))]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_number_of_classes(columns, dtype):
+    torch.manual_seed(0)
+    x, y = torch.randn(3, columns).to(dtype).requires_grad_(), torch.randint(0, columns, (3,))
+    wide = x.detach().double().requires_grad_()
+    got, want = llmfast.cross_entropy(x, y), F.cross_entropy(wide, y)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
+    grads = [torch.autograd.grad(loss, t)[0] for loss, t in ((got, x), (want, wide))]
+    torch.testing.assert_close(grads[0].double(), grads[1], atol=1e-9, rtol=1e-5 if dtype == torch.float32 else 8e-3)

@@ -301,6 +301,145 @@ def softmax_dims_are_alike(drawn):
     close(llmfast.softmax(x, 0, backend="cpu"), x.softmax(0))
 
 
+rows_of = st.tuples(st.integers(1, 12), st.integers(1, 3000), st.integers(0, 2**20))
+
+
+def logits(drawn, scale=4.0):
+    rows, n, seed = drawn
+    torch.manual_seed(seed)
+    return torch.randn(rows, n) * scale, torch.randint(0, n, (rows,))
+
+
+@for_any(rows_of)
+def softmax_keeps_the_order(drawn):
+    x, _ = logits(drawn)
+    for f in (llmfast.softmax, llmfast.log_softmax):
+        rising = f(x, backend="cpu").gather(-1, x.argsort(-1))
+        assert (rising.diff() >= -2e-7 * rising.abs().amax()).all()
+
+
+@for_any(rows_of)
+def softmax_of_nothing_is_nothing(drawn):
+    x, _ = logits(drawn)
+    mask, x.requires_grad = torch.rand(x.shape) > 0.5, True
+    mask[0] = False
+    p, logp = (f(x, mask=mask, backend="cpu") for f in (llmfast.softmax, llmfast.log_softmax))
+    assert (p[0] == 0).all()
+    assert (logp[~mask] == float("-inf")).all()
+    dx, dlog = (torch.autograd.grad(y, x, torch.randn_like(y))[0] for y in (p, logp))
+    assert (dx[~mask] == 0).all()
+    assert (dlog[0] == 0).all()
+    assert dlog.isfinite().all()
+
+
+@for_any(rows_of)
+def nan_stays_in_its_row(drawn):
+    x, y = logits(drawn)
+    row = drawn[2] % len(x)
+    x[row, drawn[2] % x.shape[1]] = float("nan")
+    other = torch.arange(len(x)) != row
+    for f in (llmfast.softmax, llmfast.log_softmax):
+        for got in (f(x, backend="cpu"), f(x.t().contiguous(), 0, backend="cpu").t()):
+            assert got[row].isnan().all()
+            assert got[other].isfinite().all()
+    loss = llmfast.cross_entropy(x, y, reduction="none", backend="cpu")
+    assert torch.equal(loss.isnan(), ~other)
+
+
+@for_any(rows_of)
+def strides_of_a_softmax_do_not_matter(drawn):
+    x, y = logits(drawn)
+    for far in (torch.stack([x, x], 1)[:, 1], torch.cat([x, x], 1)[:, : x.shape[1]], x.t().contiguous().t()):
+        for f in (llmfast.softmax, llmfast.log_softmax):
+            close(f(far, backend="cpu"), f(x, backend="cpu"), 2e-6)
+        leaf, near = far.detach().requires_grad_(), x.clone().requires_grad_()
+        losses = [llmfast.cross_entropy(t, y, reduction="none", backend="cpu") for t in (leaf, near)]
+        assert torch.equal(*losses)
+        grads = [torch.autograd.grad(a.sum(), t)[0] for a, t in zip(losses, (leaf, near), strict=True)]
+        assert torch.equal(*grads)
+
+
+@for_any(rows_of)
+def softmax_in_place_is_out_of_place(drawn):
+    x, _ = logits(drawn)
+    options = [{}, dict(mask=torch.rand(x.shape) > 0.3), dict(bias=torch.randn(x.shape[1])), dict(causal=True)]
+    for given_ in options:
+        for f in (llmfast.softmax, llmfast.log_softmax):
+            want, inplace = f(x, backend="cpu", **given_), x.clone()
+            assert f(inplace, out=inplace, backend="cpu", **given_) is inplace
+            assert torch.equal(inplace, want)
+
+
+@for_any(rows_of)
+def gradients_of_a_row_add_up_to_nothing(drawn):
+    x, y = logits(drawn, 1.0)
+    x.requires_grad_()
+    for f in (llmfast.softmax, lambda x, **o: llmfast.cross_entropy(x, y, reduction="none", label_smoothing=0.1, **o)):
+        o = f(x, backend="cpu")
+        (dx,) = torch.autograd.grad(o, x, torch.rand_like(o))
+        assert (dx.sum(-1).abs() <= 1e-5 * (1 + dx.abs().sum(-1))).all()
+
+
+@for_any(rows_of)
+def cross_entropy_is_the_targets_log_softmax(drawn):
+    x, y = logits(drawn)
+    loss = llmfast.cross_entropy(x, y, reduction="none", backend="cpu")
+    close(loss, -llmfast.log_softmax(x, backend="cpu").gather(-1, y[:, None])[:, 0])
+    close(llmfast.cross_entropy(x - 30, y, reduction="none", backend="cpu"), loss, 1e-4)
+    order = torch.randperm(x.shape[1])
+    close(llmfast.cross_entropy(x[:, order], order.argsort()[y], reduction="none", backend="cpu"), loss)
+    for reduction, want in (("sum", loss.sum()), ("mean", loss.mean())):
+        close(llmfast.cross_entropy(x, y, reduction=reduction), want)
+
+
+@for_any(rows_of)
+def ignored_rows_count_for_nothing(drawn):
+    x, y = logits(drawn)
+    keep = torch.rand(len(y)) > 0.5
+    keep[0] = True
+    hidden = y.where(keep, -100)
+    a, b, c = x.clone().requires_grad_(), x[keep].clone().requires_grad_(), x.clone().requires_grad_()
+    loss, alone = llmfast.cross_entropy(a, hidden), llmfast.cross_entropy(b, y[keep])
+    close(loss, alone)
+    da, db = torch.autograd.grad(loss, a)[0], torch.autograd.grad(alone, b)[0]
+    assert (da[~keep] == 0).all()
+    assert torch.equal(da[keep], db)
+    again = llmfast.cross_entropy(c, hidden, inplace_backward=True)
+    assert torch.equal(torch.autograd.grad(again, c)[0], da)
+    assert torch.equal(c.detach(), da)
+
+
+@for_any(rows_of)
+def smoothing_mixes_two_losses(drawn):
+    x, y = logits(drawn)
+    s = 0.3
+    hard, soft = (llmfast.cross_entropy(x, y, label_smoothing=p, reduction="none") for p in (0.0, 1.0))
+    close(soft, -x.log_softmax(-1).mean(-1), 1e-4)
+    mixed = llmfast.cross_entropy(x, y, label_smoothing=s, reduction="none")
+    close(mixed, (1 - s) * hard + s * soft, 1e-4)
+    z = llmfast.cross_entropy(x, y, z_loss=0.5, reduction="none")
+    close(z, hard + 0.5 * x.logsumexp(-1).square(), 1e-4)
+
+
+@for_any(st.tuples(rows_of, st.integers(1, 40), st.integers(1, 40)))
+def chunks_of_a_linear_cross_entropy_do_not_matter(drawn):
+    (rows, V, seed), D, chunk = drawn
+    torch.manual_seed(seed)
+    inputs = [torch.randn(rows * 3, D), torch.randn(V, D) / D**0.5, torch.randn(V)]
+    inputs = [t.requires_grad_() for t in inputs]
+    y = torch.randint(0, V, (rows * 3,))
+    found = []
+    for whole in (False, True):
+        h, w, b = inputs
+        if whole:
+            loss = llmfast.cross_entropy(torch.nn.functional.linear(h, w, b), y)
+        else:
+            loss = llmfast.linear_cross_entropy(h, w, y, bias=b, chunk=chunk)
+        found.append((loss, *torch.autograd.grad(loss, inputs)))
+    for a, b in zip(*found, strict=True):
+        close(a, b, 1e-5)
+
+
 @pytest.mark.parametrize(("prove", "strategy"), PROPERTIES, ids=[p.__name__ for p, _ in PROPERTIES])
 def test_property(prove, strategy):
     quick(given(strategy)(lambda drawn: prove(drawn)))()

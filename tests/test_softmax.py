@@ -1,5 +1,7 @@
 """Every backend on every softmax case, against float64 by the rule of llmfast.cases."""
 
+import itertools
+
 import pytest
 import torch
 from test_attention import DTYPES, device_of, sampled, skip
@@ -86,3 +88,57 @@ def test_past_the_caches():
         x = torch.randn(1021 * cols + 1).to(dtype)[1:].view(1021, cols)  # rows start at any element of a cache line
         one_by_one = torch.stack([llmfast.softmax(row, backend="cpu") for row in x])
         assert torch.equal(llmfast.softmax(x, backend="cpu"), one_by_one)
+
+
+LENGTHS = [1, 7, 4097, 262145, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 65537, 1_000_003, 2**20))]
+
+
+@pytest.mark.parametrize("columns", LENGTHS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_number_of_columns(columns, backend):
+    """Rows of one dtype and the other, over the last dimension and over the first, and their gradients."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 3, columns), torch.rand(3, columns) - 0.5
+    run_or_skip(x, {}, None, backend)
+    for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        for f, theirs in ((llmfast.softmax, torch.softmax), (llmfast.log_softmax, torch.log_softmax)):
+            for move in (lambda t: t, lambda t: t.t().contiguous()):
+                dim = -1 if move(x[0]).shape == x[0].shape else 0
+                leaf = move(x[0]).to(dtype).requires_grad_()
+                wide = leaf.detach().double().requires_grad_()
+                y, want = f(leaf, dim, backend=backend), theirs(wide, dim)
+                torch.testing.assert_close(y.double(), want, atol=atol, rtol=atol)
+                grads = [torch.autograd.grad(o, t, move(dy).to(o.dtype))[0] for o, t in ((y, leaf), (want, wide))]
+                bound = 8 * atol * max(1.0, grads[1].abs().max().item())
+                assert (grads[0] - grads[1]).abs().max() <= bound
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("log", [False, True])
+def test_gradcheck(log, backend):
+    """Every option with every other, first and second derivatives, in float64."""
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    mask = torch.rand(2, 1, 4) > 0.3
+    mask[..., 0] = True
+    run_or_skip(x, {}, None, backend)
+    f = llmfast.log_softmax if log else llmfast.softmax
+    seen = (lambda y: y.masked_fill(y == float("-inf"), 0.0)) if log else lambda y: y
+    for scale, masked, biased, causal in itertools.product((1.0, -0.7), (False, True), (False, True), (False, True)):
+        options = dict(scale=scale, causal=causal, backend=backend, mask=mask if masked else None)
+        inputs = (x.clone().requires_grad_(), bias.clone().requires_grad_())[: 1 + biased]
+        fn = lambda x, b=None, o=options: seen(f(x, bias=b, **o))
+        assert torch.autograd.gradcheck(fn, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(fn, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_recorded_without_gradients(context):
+    x, y = torch.randn(4, 9, requires_grad=True), torch.tensor([0, 8, 3, 3])
+    for f in (llmfast.softmax, lambda x: llmfast.log_softmax(x, 0), lambda x: llmfast.cross_entropy(x, y)):
+        want = f(x)
+        assert want.requires_grad
+        with context():
+            got = f(x)
+        assert not got.requires_grad
+        assert torch.equal(got, want)

@@ -5,7 +5,7 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace cross_entropy_rows {
 
-constexpr int64_t kChunk = 2048;        // its maximum, then its sum: read twice, so it must stay in L1
+constexpr int64_t kChunk = 2048;        // read twice where it rises, so it must stay in L1
 constexpr int64_t kPart = 16 * kChunk;  // a task's columns: where a row is cut depends on V alone
 
 struct Partial {
@@ -17,13 +17,22 @@ LLMFAST_INLINE V capped(V x, C cap) {
   return tanh(x * (1 / cap)) * cap;
 }
 
-// f(e, n, x[e .. e + n)) for whole vectors, n = L, and for what is left, padded with `rest`
-template <class T, class F>
+// f(e, k, n, x[e .. e + n)) for whole vectors, n = L, the k-th of 4, and for what is left, padded with `rest`. kMixed:
+// the lanes of two neighbours may be exchanged, so that bf16 is widened by one shift or one mask.
+template <bool kMixed = false, class T, class F>
 LLMFAST_INLINE void each(const T* x, int64_t n, compute<T> cap, vec_of<compute<T>> rest, F&& f) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   int64_t e = 0;
   if (cap == 0) {
+    if constexpr (kMixed && std::is_same_v<T, bf16>) {
+      for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
+      for (int k = 0; k < 4; k += 2) {
+        ivec pair;
+        __builtin_memcpy(&pair, x + e + k * L, sizeof(pair));
+        f(e + k * L, k, L, (vec)(pair << 16)), f(e + (k + 1) * L, k + 1, L, (vec)(pair & ~0xffff));
+      }
+    }
     for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
     for (int k = 0; k < 4; k++) f(e + k * L, k, L, loadu(x + e + k * L));
     for (; e + L <= n; e += L) f(e, 0, L, loadu(x + e));
@@ -37,43 +46,49 @@ LLMFAST_INLINE void each(const T* x, int64_t n, compute<T> cap, vec_of<compute<T
   }
 }
 
+// One pass: a chunk is summed against the largest number before it, and again only where it rises far above that.
 template <class T, bool kSmooth>
-Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap, compute<T>* buffer) {
+Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
+  constexpr C kRise = 64;  // a chunk of exp(64) is far from overflow
   const V none = splat(-kInfOf<C>);
   C m = -kInfOf<C>;
   double l = 0, wx = 0;
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t c = min(kChunk, n - j);
-    V most[4] = {none, none, none, none}, sums[4] = {}, products[4] = {};
-    each(x + j, c, cap, none, [&](int64_t e, int k, int64_t, V y) __attribute__((always_inline)) {
-      most[k] = max(most[k], y);
-      if (cap != 0) store(buffer + e, y);
-    });
-    const C top = softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
-    if (top > m) l *= exp(static_cast<double>(m) - top), m = top;
-    const C base = softmax_rows::finite(m);
     const char* const ahead =
         reinterpret_cast<const char*>(x + j + kChunk);  // the next chunk comes while this one is summed
-    auto add = [&](int64_t e, int k, int64_t count, V y) __attribute__((always_inline)) {
-      if (k == 0) LLMFAST_UNROLL
-      for (int64_t at = 0; at < static_cast<int64_t>(4 * L * sizeof(T)); at += 64)
-        __builtin_prefetch(ahead + e * sizeof(T) + at, 0, 2);
-      sums[k] += exp2(y - base, static_cast<C>(1.4426950408889634));
-      if constexpr (kSmooth) {
-        const V weights = !w ? splat(C(1)) : count == L ? loadu(w + j + e) : load_part(w + j + e, count);
-        products[k] += count == L ? y * weights : iota<C>() < static_cast<C>(count) ? y * weights : V{};
-      }
+    double sum, product;
+    auto add = [&](C base) __attribute__((always_inline)) {  // gives the largest
+      V most[4] = {none, none, none, none}, sums[4] = {}, products[4] = {};
+      each<!kSmooth>(x + j, c, cap, none, [&](int64_t e, int k, int64_t count, V y) __attribute__((always_inline)) {
+        if (k == 0) LLMFAST_UNROLL
+        for (int64_t at = 0; at < static_cast<int64_t>(4 * L * sizeof(T)); at += 64)
+          __builtin_prefetch(ahead + e * sizeof(T) + at, 0, 2);
+        most[k] = max(most[k], y);
+        sums[k] += exp2(y - base, static_cast<C>(1.4426950408889634));
+        if constexpr (kSmooth) {
+          const V weights = !w ? splat(C(1)) : count == L ? loadu(w + j + e) : load_part(w + j + e, count);
+          products[k] += count == L ? y * weights : iota<C>() < static_cast<C>(count) ? y * weights : V{};
+        }
+      });
+      sum = softmax_rows::total((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      if constexpr (kSmooth) product = softmax_rows::total((products[0] + products[1]) + (products[2] + products[3]));
+      return softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     };
-    if (cap == 0) {
-      each(x + j, c, cap, none, add);
-    } else {
-      each(static_cast<const C*>(buffer), c, C(0), none, add);
+    if (m == -kInfOf<C>) {  // nothing to sum against yet
+      V most[4] = {none, none, none, none};
+      each<true>(x + j, c, cap, none,
+                 [&](int64_t, int k, int64_t, V y) __attribute__((always_inline)) { most[k] = max(most[k], y); });
+      m = softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     }
-    l += softmax_rows::total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    if constexpr (kSmooth) wx += softmax_rows::total((products[0] + products[1]) + (products[2] + products[3]));
+    C base = softmax_rows::finite(m), top = add(base);
+    if (top > base + kRise) l *= exp(static_cast<double>(m) - top), m = base = top, add(base);
+    l += sum;
+    if (top > m) l *= exp(static_cast<double>(m) - top), m = top;
+    if constexpr (kSmooth) wx += product;
   }
   return {m, l, wx};
 }
@@ -102,15 +117,13 @@ void forward(const CrossEntropy& p) {
   Partial* const partial = static_cast<Partial*>(shared.bytes(rows * parts * sizeof(Partial) + 64));
 #pragma omp parallel if (rows * parts > 1 && rows * V > 32768)
   {
-    static thread_local Scratch scratch;
-    C* const buffer = static_cast<C*>(scratch.bytes((kChunk + 64) * sizeof(C)));
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < rows * parts; t++) {
       const int64_t row = t / parts, j = t % parts * kPart, n = min(kPart, V - j);
       if (target_of(p.target, row) == p.ignore_index) continue;
       const T* x = reinterpret_cast<const T*>(p.x.data) + row * p.x.stride[0] + j;
-      partial[t] = p.label_smoothing != 0 ? part<T, true>(x, w ? w + j : nullptr, n, cap, buffer)
-                                          : part<T, false>(x, nullptr, n, cap, buffer);
+      partial[t] =
+          p.label_smoothing != 0 ? part<T, true>(x, w ? w + j : nullptr, n, cap) : part<T, false>(x, nullptr, n, cap);
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
@@ -181,16 +194,25 @@ void backward(const CrossEntropyBackward& p) {
     const bool here = valid && y >= j0 && y < j0 + n;
     C at_target = 0;
     if (here) at_target = gradient(splat(C(to_float(x[y - j0]))), splat(w ? w[y] : C(1)), h)[0];
-    each(x, n, C(0), V{}, [&](int64_t e, int, int64_t count, V v) __attribute__((always_inline)) {
-      V weights = splat(C(1));
-      if (w && b != 0) weights = count == L ? loadu(w + j0 + e) : load_part(w + j0 + e, count);
-      const V g = gradient(v, weights, C(0));
-      if (count == L) {
-        storeu(dx + e, g);
-      } else {
-        store_part(dx + e, g, count);
-      }
-    });
+    auto write = [&](auto&& f) __attribute__((always_inline)) {
+      each(x, n, C(0), V{}, [&](int64_t e, int, int64_t count, V v) __attribute__((always_inline)) {
+        if (count == L) {
+          storeu(dx + e, f(e, count, v));
+        } else {
+          store_part(dx + e, f(e, count, v), count);
+        }
+      });
+    };
+    if (cap == 0 && b == 0) {
+      write([&](int64_t, int64_t, V v)
+                __attribute__((always_inline)) { return softmax_rows::exponential<C>(v - lse) * a; });
+    } else {
+      write([&](int64_t e, int64_t count, V v) __attribute__((always_inline)) {
+        V weights = splat(C(1));
+        if (w && b != 0) weights = count == L ? loadu(w + j0 + e) : load_part(w + j0 + e, count);
+        return gradient(v, weights, C(0));
+      });
+    }
     if (here) from_float(dx + (y - j0), at_target);
   }
 }
