@@ -185,6 +185,18 @@ def test_a_classifier_learns_marks_and_comes_back(tmp_path, tokenizer):
         task.examples([("a", "none")], tokenizer, 32)
 
 
+def test_a_task_begins_from_a_language_model():
+    base = Transformer(Config(300, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, max_length=32))
+    for task in (tasks.Classification(labels=("a", "b")), tasks.Translation()):
+        model = tasks.begun(base, task, 0.1)
+        assert model.config.kind == task.kind
+        assert model.config.dropout == 0.1
+        for stack in filter(None, (model.encoder, model.decoder)):
+            assert torch.equal(stack.blocks[1].mlp.up.weight, base.decoder.blocks[1].mlp.up.weight)
+            assert torch.equal(stack.last.weight, base.decoder.last.weight)
+        assert torch.equal(model.embed.weight, base.embed.weight)
+
+
 def test_bleu():
     assert tasks.bleu(["the cat is on the mat"], ["the cat is on the mat"]) == pytest.approx(1.0)
     assert tasks.bleu(["猫在桌子上"], ["猫在桌子上"]) == pytest.approx(1.0)
@@ -230,6 +242,10 @@ def test_commands(made, capsys, monkeypatch):
     code, said, _ = run(capsys, "classify", "--model", made / "classify", "--text", "下雨了", "--text", "a goal")
     assert code == 0
     assert [line.split("\t")[2] for line in said.splitlines()] == ["下雨了", "a goal"]
+    again = ["--data", EXAMPLES / "labels.tsv", "--init", made / "lm", "--out", made / "init", "--steps", 2]
+    code, said, _ = run(capsys, "train", "--task", "classify", *again)
+    assert code == 0
+    assert from_pretrained(made / "init").config.dim == 32
     code, said, _ = run(capsys, "classify", "--model", made / "classify", "--data", EXAMPLES / "labels.tsv")
     assert "F1" in said
     code, said, _ = run(capsys, "translate", "--model", made / "translate", "--text", "我喝茶。", "--beams", 2)

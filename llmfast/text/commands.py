@@ -38,6 +38,7 @@ def add(commands) -> None:
                    "a sentence and its translation")  # fmt: skip
     c.add_argument("--out", default="model", help="folder for the model and its checkpoints (default: %(default)s)")
     c.add_argument("--held-out", type=float, default=0.1, help="share kept for the marks (default: %(default)s)")
+    c.add_argument("--init", help="a folder of train --task lm: its tokenizer, shape and weights are where this begins")
     for name, default in dict(vocab_size=500, dim=128, layers=2, heads=4, max_length=256).items():
         c.add_argument("--" + name.replace("_", "-"), type=int, default=default, help="default: %(default)s")
     said = dict(matrix_lr="Muon's for the blocks' matrices; 0: AdamW for all", lr="AdamW's",
@@ -144,14 +145,19 @@ def train_here(a) -> None:
     if not a.patience:
         rows, validation = rows + validation, []
     task = Task(rows + validation + held_out)
-    seen = [text for row in rows for text in row[: 1 if a.task == "classify" else None]]
-    tokenizer = corpus.train_tokenizer(seen, a.vocab_size)
     s = training.Settings(**{name: getattr(a, name) for name in vars(training.Settings())})
     torch.manual_seed(s.seed)
-    hidden = -(-a.dim * 8 // 3 // 32) * 32  # swiglu has three matrices: two thirds of 4 dim
-    shape = dict(dim=a.dim, hidden=hidden, layers=a.layers, heads=a.heads, max_length=a.max_length, dropout=a.dropout)
-    config = models.Config(tokenizer.get_vocab_size(), kind=task.kind, **shape, **task.options())
-    model = models.Transformer(config).to(a.device)
+    if a.init:
+        base, tokenizer = models.from_pretrained(a.init), corpus.load_tokenizer(a.init)
+        model = tasks.begun(base, task, a.dropout).to(a.device)
+        a.max_length = base.config.max_length
+    else:
+        seen = [text for row in rows for text in row[: 1 if a.task == "classify" else None]]
+        tokenizer = corpus.train_tokenizer(seen, a.vocab_size)
+        hidden = -(-a.dim * 8 // 3 // 32) * 32  # swiglu has three matrices: two thirds of 4 dim
+        shape = dict(dim=a.dim, hidden=hidden, layers=a.layers, heads=a.heads, max_length=a.max_length)
+        shape |= dict(kind=task.kind, dropout=a.dropout, **task.options())
+        model = models.Transformer(models.Config(tokenizer.get_vocab_size(), **shape)).to(a.device)
     examples = task.examples(rows, tokenizer, a.max_length)
     tokens, size = sum(map(task.size, examples)), sum(p.numel() for p in model.parameters())
     print(f"{len(rows)} texts, {tokens} tokens, {size / 1e6:.1f} million weights")
@@ -316,12 +322,12 @@ def evaluate(a) -> None:
     torch.manual_seed(0)
     V = model.config.vocab_size
     console = Console()
-    with console.status("counting n-grams, orders 2 to 5, and smoothing them"):
+    with console.status("counting n-grams, orders 2 to 7, and smoothing them"):
         ngram = models.NGram.best(pieces, checked, V)
     with console.status("training the neural network"):
         neural = models.NeuralLM(V).fit(pieces, checked)
     found = {
-        f"{ngram.order}-gram, {ngram.smoothing}, the best of 16 on validation": ngram.surprisal(held),
+        f"{ngram.order}-gram, {ngram.smoothing}, the best of 24 on validation": ngram.surprisal(held),
         f"neural network, {neural.context} tokens of context": neural.surprisal(held),
         "transformer": tasks.surprisal(model, held),
     }

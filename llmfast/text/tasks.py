@@ -6,6 +6,7 @@ translate  sentence, its translation        next token of the translation, given
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import torch
 
@@ -129,6 +130,14 @@ def of(model: models.Transformer):
         return Classification(labels=model.config.labels)
     made = {"decoder": LanguageModel, "encoder-decoder": Translation}.get(model.config.kind)
     return made and made()
+
+
+def begun(base: models.Transformer, task, dropout: float) -> models.Transformer:
+    """A model for a task whose blocks, the encoder's and the decoder's, are those of a language model."""
+    model = models.Transformer(replace(base.config, kind=task.kind, dropout=dropout, **task.options()))
+    read = {n.replace("decoder.", to): t for n, t in base.state_dict().items() for to in ("decoder.", "encoder.")}
+    model.load_state_dict(model.state_dict() | {n: read[n] for n in model.state_dict() if n in read})
+    return model
 
 
 def perplexity(nats: torch.Tensor) -> float:
