@@ -77,8 +77,8 @@ MUTANTS = [Mutant(*row) for row in [
     (FWD, "memset(a.o.data + (h * a.o.stride[1]", "memset(a.o.data + (0 * a.o.stride[1]", "packed rows that no sequence covers stay unwritten"),
     tuple(SCRATCH_SHARED),
     # backward
-    (BWD, "diagonal - x.a.spec.left, -1, kBlock", "diagonal - x.a.spec.left + 1, -1, kBlock", "the window's left edge is one key late"),
-    (BWD, "x.nk - 1 - v * kLanesOf<C>", "x.nk - v * kLanesOf<C>", "one key past the end counts"),
+    (BWD, "clamp(diagonal - x.a.spec.left, 0, kBlock)", "clamp(diagonal - x.a.spec.left + 1, 0, kBlock)", "the window's left edge is one key late"),
+    (BWD, "clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk - 1", "clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk", "one key past the end counts"),
     (BWD, "narrow<T>(k.dk + j * wide(D), D, scale,", "narrow<T>(k.dk + j * wide(D), D, 1,", "dk lacks the scale"),
     (BWD, "return load(w.p + at) * (y - w.delta[row + i]);", "return load(w.p + at) * y;", "dS lacks delta"),
     (BWD, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),

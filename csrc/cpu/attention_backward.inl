@@ -71,7 +71,7 @@ struct Workspace {
   C *cap, *kept;           // the softcap's derivative; 1 / (1 - dropout_p) or 0
   U *p_pairs, *s_pairs;    // (32 query pairs, 64)
   bf16* s_rows;            // (64, 64)
-  alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock];
+  alignas(64) C lse[kBlock], delta[kBlock], bias[kBlock], mask[kBlock], low[kBlock], high[kBlock];
 };
 
 template <class T>
@@ -170,14 +170,23 @@ LLMFAST_INLINE vec_of<compute<T>> probability(vec_of<compute<T>> s, compute<T> s
   }
 }
 
-// x for the keys of vector v that query row sees, 0 for the others
+// The first and last key of a block that each row sees.
 template <class T>
-LLMFAST_INLINE vec_of<compute<T>> visible(const Block<T>& x, int64_t row, int v, vec_of<compute<T>> y) {
+void band(const Block<T>& x, Workspace<T>& w) {
   using C = compute<T>;
-  const int64_t diagonal = x.i0 + row + x.offset - x.j0 - v * kLanesOf<C>;  // the lane that query row lies above
-  const C low = static_cast<C>(clamp(diagonal - x.a.spec.left, -1, kBlock));
-  const C high = static_cast<C>(min(clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk - 1 - v * kLanesOf<C>));
-  return (iota<C>() < low) | (iota<C>() > high) ? vec_of<C>{} : y;
+  for (int64_t r = 0; r < x.nq; r++) {
+    const int64_t diagonal = x.i0 + r + x.offset - x.j0;
+    w.low[r] = static_cast<C>(clamp(diagonal - x.a.spec.left, 0, kBlock));
+    w.high[r] = static_cast<C>(min(clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk - 1));
+  }
+}
+
+// y for the keys of vector v that query row sees, 0 for the others
+template <class T>
+LLMFAST_INLINE vec_of<compute<T>> visible(const Workspace<T>& w, int64_t row, int v, vec_of<compute<T>> y) {
+  using C = compute<T>;
+  const vec_of<C> key = iota<C>() + static_cast<C>(v * kLanesOf<C>);
+  return (key < w.low[row]) | (key > w.high[row]) ? vec_of<C>{} : y;
 }
 
 enum Pass { kSum, kWeights, kGradients };
@@ -203,7 +212,7 @@ LLMFAST_INLINE void score_tile(const Block<T>& x, Workspace<T>& w, const Run& ru
                      if constexpr (kPass == kGradients)
                        each([&](auto y, int i, int, int64_t at) { return load(w.p + at) * (y - w.delta[row + i]); });
                      if (kPass != kSum && run.edge)
-                       each([&](auto y, int i, int v, int64_t) { return visible(x, row + i, g + v, y); });
+                       each([&](auto y, int i, int v, int64_t) { return visible(w, row + i, g + v, y); });
                      if constexpr (!(kPairs<T> && kPass == kGradients))
                        each([&](auto y, int, int, int64_t at) { return store(sums + at, y), y; });
                      if constexpr (kPairs<T> && kPass != kSum) LLMFAST_UNROLL
@@ -320,7 +329,7 @@ void weights(const Block<T>& x, Workspace<T>& w, const Run& run) {
       if (slopes) y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;
       y = probability<T>(y, 1, w.lse[r]);
       if (e.mask) y = load(w.mask + g * L) == 0 ? vec_of<C>{} : y;
-      if (run.edge) y = visible(x, r, g, y);
+      if (run.edge) y = visible(w, r, g, y);
       store(w.p + at, y);
       if (spec.dropout_p != 0) {
         const vec_of<C> kept = load(w.kept + at);
@@ -410,6 +419,9 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
   const int64_t D = x.a.q.size[3], Dv = x.a.v.size[3];
   Run runs[kStrips];
   const int count = runs_of(x, runs);
+  bool edge = false;
+  for (int t = 0; t < count; t++) edge |= runs[t].edge;
+  if (edge) band(x, w);
   const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer, step = chunk<C>(x.seq.Nq);
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
