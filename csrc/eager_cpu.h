@@ -55,7 +55,8 @@ inline bool undisturbed() {
                          *const cpu = py::str("cpu").release().ptr(),
                          *const forced = attribute("llmfast.backends", "_forced"),
                          *const explaining = attribute("llmfast.backends", "_explaining");
-  if (!modes || !transforms || !tracing) return false;
+  static const bool known = modes && transforms && tracing && py::hasattr(forward_mode, level);
+  if (!known) return false;
   if (PyObject_IsTrue(owned(PyObject_CallNoArgs(modes)).ptr()) || !owned(PyObject_CallNoArgs(transforms)).is_none() ||
       !owned(PyObject_CallNoArgs(tracing)).is_none() ||
       PyLong_AsLong(owned(PyObject_GetAttr(forward_mode, level)).ptr()) >= 0 ||

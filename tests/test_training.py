@@ -24,6 +24,12 @@ def gemma2():
     return tr.Gemma2ForCausalLM(tr.Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8, sliding_window=6))
 
 
+def gpt2():
+    return tr.GPT2LMHeadModel(
+        tr.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+    )
+
+
 class Encoder(nn.Module):
     """Predicts each token's left neighbour."""
 
@@ -55,13 +61,16 @@ def losses(make, implementation):
     return torch.tensor(found)
 
 
-@pytest.mark.parametrize("make", [gemma2, Encoder, pytest.param(llama, marks=pytest.mark.long)])
+LONG = [pytest.param(make, marks=pytest.mark.long) for make in (llama, gpt2, Encoder)]
+
+
+@pytest.mark.parametrize("make", [gemma2, *LONG])
 def test_training(make):
-    """Eager, PyTorch's sdpa, llmfast, and sdpa inside `with llmfast.sdpa()`."""
+    """Eager, llmfast, PyTorch's sdpa, and sdpa inside `with llmfast.sdpa()`; Gemma 2's softcap has no sdpa."""
     want, found = losses(make, "eager"), []
     if make is not Encoder:
         found.append(losses(make, "llmfast"))
-    if make is not gemma2:  # transformers has no sdpa for it: softcap
+    if make is not gemma2:
         found.append(losses(make, "sdpa"))
         with llmfast.sdpa():
             found.append(losses(make, "sdpa"))
