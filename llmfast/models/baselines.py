@@ -57,7 +57,9 @@ class NGram:
         return self
 
     @classmethod
-    def best(cls, pieces, validation, vocab_size: int, orders=(2, 3, 4, 5, 6, 7), discounts=(0.6, 0.75, 0.9)) -> "NGram":
+    def best(
+        cls, pieces, validation, vocab_size: int, orders=(2, 3, 4, 5, 6, 7), discounts=(0.6, 0.75, 0.9)
+    ) -> "NGram":
         """The order and smoothing that surprise least on validation, then fitted on both."""
         model, found = cls(max(orders), vocab_size).fit(pieces), []
         for order in orders:
