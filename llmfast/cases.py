@@ -79,6 +79,7 @@ CASES = {  # B, H, Hk, Nq, Nk, D
     "bias":                _case(2, 2, 2,  70, 100,  32, bias="full"),
     "bias by head":        _case(2, 4, 2,  70, 100,  32, bias="head", causal=True),
     "bias by key":         _case(2, 2, 2,  70, 100,  32, bias="key"),
+    "bias by query":       _case(1, 2, 2,  70, 300,  32, bias="query", through_lse=True),  # otherwise its gradient is 0
     "bias with -inf":      _case(1, 2, 2,  70, 100,  32, bias="hide"),
     "mask and bias":       _case(2, 2, 2,  70, 100,  32, mask="random", bias="full"),
     "softcap":             _case(1, 2, 2,  80,  80,  32, softcap=2.0),
@@ -168,6 +169,7 @@ def problem(case: Case, dtype: torch.dtype, seed: int = 0, device: str = "cpu") 
             "full": lambda: rand(B, H, Nq, Nk),
             "head": lambda: rand(1, H, Nq, Nk),
             "key": lambda: rand(B, 1, 1, Nk),
+            "query": lambda: rand(1, H, Nq, 1),
             "hide": lambda: rand(Nq, Nk).masked_fill(torch.rand(Nq, Nk, generator=g) < 0.5, float("-inf")),
         }[what]()
     if what := options.pop("alibi", None):
