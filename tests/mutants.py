@@ -78,7 +78,6 @@ MUTANTS = [Mutant(*row) for row in [
     tuple(SCRATCH_SHARED),
     # backward
     (BWD, "clamp(diagonal - x.a.spec.left, 0, kBlock)", "clamp(diagonal - x.a.spec.left + 1, 0, kBlock)", "the window's left edge is one key late"),
-    (BWD, "clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk - 1", "clamp(diagonal + x.a.spec.right, -1, kBlock), x.nk", "one key past the end counts"),
     (BWD, "narrow<T>(k.dk + j * wide(D), D, scale,", "narrow<T>(k.dk + j * wide(D), D, 1,", "dk lacks the scale"),
     (BWD, "return load(w.p + at) * (y - w.delta[row + i]);", "return load(w.p + at) * y;", "dS lacks delta"),
     (BWD, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),
