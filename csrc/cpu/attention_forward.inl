@@ -130,14 +130,12 @@ LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t un
   for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
 }
 
-// Calls f<R>(first row) over n rows, in tiles that fill the registers beside V vectors; 8 + 8 rows rather than 12 + 4.
+// Calls f<R>(first row) over n rows, in tiles that fill the registers beside V vectors.
 template <int V, class F>
 LLMFAST_INLINE void tiles(int64_t n, F&& f) {
   constexpr int R = V == 1 ? 12 : V == 2 && kTileV == 4 ? 12 : V == 3 ? 8 : kTileR;
   int64_t r = 0;
-  for (; n - r >= R && n - r != 8 && (R != 12 || n - r != 16); r += R) f(r, std::integral_constant<int, R>{});
-  if constexpr (V < kTileV)
-    for (; n - r >= 8; r += 8) f(r, std::integral_constant<int, 8>{});
+  for (; n - r >= R && n - r != 8; r += R) f(r, std::integral_constant<int, R>{});
   for (; n - r >= 4; r += 4) f(r, std::integral_constant<int, 4>{});
   if (n - r >= 2) f(r, std::integral_constant<int, 2>{}), r += 2;
   if (r < n) f(r, std::integral_constant<int, 1>{});
