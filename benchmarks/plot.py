@@ -46,7 +46,7 @@ def draw(run: dict, path) -> None:
         axis.set_xticks(sorted({n for p in series.values() for n, _ in p}))
         axis.xaxis.set_major_formatter(lambda n, _: f"{int(n)}")
         axis.tick_params(axis="x", rotation=45)
-        axis.set_ylim(0, 1.3 * max(y for points in series.values() for _, y in points))
+        axis.set_ylim(0, 1.6 * max(y for points in series.values() for _, y in points))
         axis.set_title(title, fontsize=11)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, frameon=False)
