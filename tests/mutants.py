@@ -56,7 +56,6 @@ MUTANTS = [Mutant(*row) for row in [
     (FWD, "(j0 + j) / 4)", "j / 4)", "dropout starts anew in each strip"),
     (FWD, "wvec{} + static_cast<uint32_t>(x.h), wvec{}", "wvec{}, wvec{}", "dropout is the same in each head"),
     (FWD, "const int64_t sv = (Dv + kStep - 1) / kStep * kStep, sk", "const int64_t sv = (D + kStep - 1) / kStep * kStep, sk", "v's row length is taken from D"),
-    (FWD, "part ? parts[1] : b ? b + d : zeros", "part ? parts[1] : b ? b + d : a + d", "a last odd key counts twice"),
     (FWD, "if (D % 2) w.k_copy[j * sk + D] = bf16{};", "", "an odd head dim's pair holds garbage"),
     (FWD, "V m = m_new == -kInfOf<C> ? V{} : m_new;", "V m = m_new;", "a row without keys becomes NaN"),
     (FWD, "load(x.l + g * L) * alpha + (sum + odd)", "load(x.l + g * L) + (sum + odd)", "l is not rescaled"),
