@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-FWD, BWD, DEC = (f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "decode"))
+FWD, BWD, BLOCK, DEC = (
+    f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "backward_block", "decode")
+)
 SEQ, SIMD, SOFTMAX, TRITON = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl", "kernels/softmax.py"
 CE = "csrc/cpu/cross_entropy.inl"
 
@@ -76,15 +78,15 @@ MUTANTS = [Mutant(*row) for row in [
     (FWD, "memset(a.o.data + (h * a.o.stride[1]", "memset(a.o.data + (0 * a.o.stride[1]", "packed rows that no sequence covers stay unwritten"),
     tuple(SCRATCH_SHARED),
     # backward
-    (BWD, "clamp(diagonal - x.a.spec.left, 0, kBlock)", "clamp(diagonal - x.a.spec.left + 1, 0, kBlock)", "the window's left edge is one key late"),
+    (BLOCK, "clamp(diagonal - x.a.spec.left, 0, kBlock)", "clamp(diagonal - x.a.spec.left + 1, 0, kBlock)", "the window's left edge is one key late"),
     (BWD, "narrow<T>(k.dk + j * wide(D), D, scale,", "narrow<T>(k.dk + j * wide(D), D, 1,", "dk lacks the scale"),
-    (BWD, "return load(w.p + at) * (y - w.delta[row + i]);", "return load(w.p + at) * y;", "dS lacks delta"),
-    (BWD, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),
-    (BWD, "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;", "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r)) * slope;", "ALiBi forgets Nk - Nq"),
-    (BWD, "dp = kept == 0 ? vec_of<C>{} : dp * kept;", "", "dP is not dropped"),
-    (BWD, "(x.j0 + j) / 4", "j / 4", "dropout starts anew in each block"),
-    (BWD, "to[j * step] += ds[j];", "to[j * step] = ds[j];", "dbias keeps the last batch only"),
-    (BWD, "*to += sum;", "*to = sum;", "dbias broadcast over keys keeps the last block"),
+    (BLOCK, "return load(w.p + at) * (y - w.delta[row + i]);", "return load(w.p + at) * y;", "dS lacks delta"),
+    (BLOCK, "store(w.cap + at, 1 - t * t);", "store(w.cap + at, 1 - t);", "the softcap's derivative is wrong"),
+    (BLOCK, "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r - x.offset)) * slope;", "y -= abs(iota<C>() + static_cast<C>(x.j0 + g * L - x.i0 - r)) * slope;", "ALiBi forgets Nk - Nq"),
+    (BLOCK, "dp = kept == 0 ? vec_of<C>{} : dp * kept;", "", "dP is not dropped"),
+    (BLOCK, "(x.j0 + j) / 4", "j / 4", "dropout starts anew in each block"),
+    (BLOCK, "to[j * step] += ds[j];", "to[j * step] = ds[j];", "dbias keeps the last batch only"),
+    (BLOCK, "*to += sum;", "*to = sum;", "dbias broadcast over keys keeps the last block"),
     (BWD, "for (int64_t g = 0; g < group; g++) for (int64_t i = rows.first; i < rows.end; i += kBlock)", "for (int64_t g = 0; g < 1; g++) for (int64_t i = rows.first; i < rows.end; i += kBlock)", "dk misses the group's other heads"),
     (BWD, "clamp(j1 - offset + spec.left, first, s.Nq)", "clamp(j1 - offset + spec.left - kBlock, first, s.Nq)", "a window's last queries are skipped"),
     (BWD, "if (lse != -kInfOf<C>) sum -=", "sum -=", "a row without keys spoils dsinks"),

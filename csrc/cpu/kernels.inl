@@ -5,6 +5,7 @@
 
 #include "cpu/attention_forward.inl"
 #include "cpu/attention_decode.inl"
+#include "cpu/attention_backward_block.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/softmax.inl"
 #include "cpu/cross_entropy.inl"
