@@ -1,4 +1,5 @@
-// Tensors and specs read through their Python attributes, so no torch header is needed; both bindings include this.
+// Tensors and specs read without torch's headers, through its C interface or Python's attributes; both bindings include
+// this.
 #pragma once
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>

@@ -106,9 +106,8 @@ def flash_attn_with_kvcache(
         k_cache, v_cache: (rows, M, Hk, D), or pages (P, page, Hk, D) with block_table (B, pages) int32.
         k, v: (B, Nnew, Hk, D), written behind the first cache_seqlens entries, rotated first.
         rotary_cos, rotary_sin: (positions, R / 2): rotate the first R of D, pairs (0, 1), (2, 3) ... when
-        rotary_interleaved,
-            (0, R / 2), (1, R / 2 + 1) ... otherwise. q's rows count up from cache_seqlens with causal or a window, else
-            all stand at cache_seqlens.
+            rotary_interleaved, (0, R / 2), (1, R / 2 + 1) ... otherwise. q's rows count up from cache_seqlens with
+            causal or a window, else all stand at cache_seqlens.
         cache_seqlens: int or (B,) int32, the entries before k is added; the whole cache by default.
         cache_batch_idx: (B,), the cache row of each sequence.
         cache_leftpad: (B,), where each sequence starts in its cache row.

@@ -327,8 +327,7 @@ def merge_attention(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> t
 
     Args:
         o_a, o_b: (..., Nq, Dv); lse_a, lse_b: (..., Nq), as `attention(..., return_lse=True)` gives them. Sinks belong
-        to one
-            of the two only.
+            to one of the two only.
 
     >>> o, lse = llmfast.merge_attention(*attention(q, k1, v1, return_lse=True), *attention(q, k2, v2, return_lse=True))
     """
@@ -392,13 +391,14 @@ def cross_entropy(
     Args:
         logits: (V,), (N, V) or (N, V, d1, ...).
         target: int64 of shape (), (N,) or (N, d1, ...). A target outside [0, V) that isn't ignore_index is an
-        IndexError on a
-            CPU; on a GPU, where the host doesn't read it, that row's loss is NaN.
-        weight: (V,), a factor for each class. ignore_index: rows with this target have no loss and no gradient.
+            IndexError on a CPU; on a GPU, where the host doesn't read it, that row's loss is NaN.
+        weight: (V,), a factor for each class.
+        ignore_index: rows with this target have no loss and no gradient.
         label_smoothing: in [0, 1]; the share of the target's probability spread over all classes.
-        z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311). softcap: logits become softcap * tanh(logits /
-        softcap). reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none". inplace_backward: the
-        gradient is written over the logits, which saves their memory once more; they must not be
+        z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311).
+        softcap: logits become softcap * tanh(logits / softcap).
+        reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none".
+        inplace_backward: the gradient is written over the logits, which saves their memory once more; they must not be
             used again.
 
     Returns:

@@ -207,44 +207,56 @@ def _fwd_grad(ctx, do, dlse):
     return g.dq, g.dk, g.dv, *(None,) * _SPEC, *tensors, None, None
 
 
-class _Transformed(torch.autograd.Function):
-    """The operator with its gradient under torch.func transforms, which register_autograd doesn't serve."""
+def _transformed(operator, setup, grad):
+    """An operator with its gradient under torch.func transforms, which register_autograd doesn't serve."""
 
-    generate_vmap_rule = True
+    class Transformed(torch.autograd.Function):
+        generate_vmap_rule = True
 
-    @staticmethod
-    def forward(*args):
-        return torch.ops.llmfast.attention_fwd(*args)
+        @staticmethod
+        def forward(*args):
+            return operator(*args)
 
-    setup_context = staticmethod(_fwd_setup)
-    backward = staticmethod(_fwd_grad)
+        setup_context = staticmethod(setup)
+        backward = staticmethod(grad)
+
+    return Transformed
 
 
-def _vmap(operator, first):
-    """A vmap rule: the new dimension joins the batch where that changes nothing else, otherwise a loop.
+_Transformed = _transformed(torch.ops.llmfast.attention_fwd, _fwd_setup, _fwd_grad)
 
-    `first` is the number of leading tensors that have a batch dimension of their own (q, k, v or do ... delta).
+
+def _register_vmap(name, first, joins):
+    """A vmap rule: where joins(args, in_dims) the new dimension goes into the first one, otherwise a loop.
+
+    `first` is the number of leading tensors that have such a dimension of their own (q, k, v or do ... delta).
     """
+    operator = getattr(torch.ops.llmfast, name)
 
     def rule(info, in_dims, *args):
         n = info.batch_size
         front = [
             a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
         ]
-        if all(t is None for t in args[first + _SPEC : first + _SPEC + _EXTRAS]):
+        whole = lambda outputs: (outputs,) if isinstance(outputs, Tensor) else outputs
+        if joins(args, in_dims):
             fold = [
                 (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
                 for t, d in zip(front[:first], in_dims[:first], strict=True)
             ]
-            outputs = operator(*fold, *args[first:])
-            batched = [o.dim() >= 3 and o.shape[0] == fold[0].shape[0] for o in outputs]
-            return tuple(o.unflatten(0, (n, -1)) if y else o for o, y in zip(outputs, batched, strict=True)), tuple(
-                0 if y else None for y in batched
-            )
-        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
-        return tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0,) * len(rows[0])
+            found = operator(*fold, *args[first:])
+            has = lambda o: o.dim() >= fold[0].dim() - 1 and o.shape[0] == fold[0].shape[0]  # empty dbias: no
+            outputs = tuple(o.unflatten(0, (n, -1)) if has(o) else o for o in whole(found))
+            dims = tuple(0 if has(o) else None for o in whole(found))
+        else:
+            rows = [
+                operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)
+            ]
+            found, outputs = rows[0], tuple(torch.stack(x) for x in zip(*map(whole, rows), strict=True))
+            dims = (0,) * len(outputs)
+        return (outputs[0], dims[0]) if isinstance(found, Tensor) else (outputs, dims)
 
-    return rule
+    torch.library.register_vmap(f"llmfast::{name}", rule, lib=_lib)
 
 
 _lib.impl("attention_fwd", _fwd, "CompositeExplicitAutograd")
@@ -252,8 +264,8 @@ _lib.impl("attention_bwd", _bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("llmfast::attention_fwd", _fwd_fake, lib=_lib)
 torch.library.register_fake("llmfast::attention_bwd", _bwd_fake, lib=_lib)
 torch.library.register_autograd("llmfast::attention_fwd", _fwd_grad, setup_context=_fwd_setup, lib=_lib)
-torch.library.register_vmap("llmfast::attention_fwd", _vmap(torch.ops.llmfast.attention_fwd, 3), lib=_lib)
-torch.library.register_vmap("llmfast::attention_bwd", _vmap(torch.ops.llmfast.attention_bwd, 7), lib=_lib)
+for _name, _first in (("attention_fwd", 3), ("attention_bwd", 7)):
+    _register_vmap(_name, _first, lambda args, _, n=_first + _SPEC: all(t is None for t in args[n : n + _EXTRAS]))
 
 
 # ---- softmax
@@ -269,9 +281,8 @@ def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | Non
         return found.forward(x, out, spec, extras)
     refuse_tangents(x, *extras)
     code = ORDER.index(backend) if backend else -1
-    y = (_TransformedSoftmax.apply if grad and transforming() else torch.ops.llmfast.softmax_fwd)(
-        x, *spec, *extras, code
-    )
+    call = _TransformedSoftmax.apply if grad and transforming() else torch.ops.llmfast.softmax_fwd
+    y = call(x, *spec, *extras, code)
     return y if out is None else out.copy_(y)
 
 
@@ -330,41 +341,7 @@ def _softmax_grad(ctx, dy):
     return dx, *(None,) * _SSPEC, *SoftmaxExtras(bias=dbias), None
 
 
-class _TransformedSoftmax(torch.autograd.Function):
-    """The softmax operator with its gradient under torch.func transforms."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.llmfast.softmax_fwd(*args)
-
-    setup_context = staticmethod(_softmax_setup)
-    backward = staticmethod(_softmax_grad)
-
-
-def _softmax_vmap(operator, first):
-    """The new dimension joins L0 where there is no mask or bias, otherwise a loop."""
-
-    def rule(info, in_dims, *args):
-        n = info.batch_size
-        front = [
-            a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
-        ]
-        if args[-3] is None and args[-2] is None:
-            fold = [
-                (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
-                for t, d in zip(front[:first], in_dims[:first], strict=True)
-            ]
-            y = operator(*fold, *args[first:])
-            return (y.unflatten(0, (n, -1)), 0) if first == 1 else ((y[0].unflatten(0, (n, -1)), y[1]), (0, None))
-        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
-        return (
-            (torch.stack(rows), 0) if first == 1 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
-        )
-
-    return rule
-
+_TransformedSoftmax = _transformed(torch.ops.llmfast.softmax_fwd, _softmax_setup, _softmax_grad)
 
 _lib.impl("softmax_fwd", _softmax_fwd, "CompositeExplicitAutograd")
 _lib.impl("softmax_bwd", _softmax_bwd, "CompositeExplicitAutograd")
@@ -378,8 +355,8 @@ torch.library.register_fake(
     lib=_lib,
 )
 torch.library.register_autograd("llmfast::softmax_fwd", _softmax_grad, setup_context=_softmax_setup, lib=_lib)
-torch.library.register_vmap("llmfast::softmax_fwd", _softmax_vmap(torch.ops.llmfast.softmax_fwd, 1), lib=_lib)
-torch.library.register_vmap("llmfast::softmax_bwd", _softmax_vmap(torch.ops.llmfast.softmax_bwd, 2), lib=_lib)
+for _name, _first in (("softmax_fwd", 1), ("softmax_bwd", 2)):
+    _register_vmap(_name, _first, lambda args, _: args[-3] is None and args[-2] is None)  # no mask, no bias
 
 
 # ---- cross entropy
@@ -473,39 +450,7 @@ def _ce_grad(ctx, dloss, dlse):
     return dx, *(None,) * (1 + _CSPEC + len(extras) + 1)
 
 
-class _TransformedCrossEntropy(torch.autograd.Function):
-    """The cross entropy operator with its gradient under torch.func transforms."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*args):
-        return torch.ops.llmfast.cross_entropy_fwd(*args)
-
-    setup_context = staticmethod(_ce_setup)
-    backward = staticmethod(_ce_grad)
-
-
-def _ce_vmap(operator, first):
-    """The new dimension joins the rows where there are no class weights of its own, otherwise a loop."""
-
-    def rule(info, in_dims, *args):
-        n = info.batch_size
-        front = [
-            a if d is None or not isinstance(a, Tensor) else a.movedim(d, 0) for a, d in zip(args, in_dims, strict=True)
-        ]
-        if in_dims[-2] is None:
-            fold = [
-                (t.expand(n, *t.shape) if d is None else t).flatten(0, 1)
-                for t, d in zip(front[:first], in_dims[:first], strict=True)
-            ]
-            y = operator(*fold, *args[first:])
-            return (y.unflatten(0, (n, -1)), 0) if first > 2 else (tuple(t.unflatten(0, (n, -1)) for t in y), (0, 0))
-        rows = [operator(*(a if d is None else a[i] for a, d in zip(front, in_dims, strict=True))) for i in range(n)]
-        return (torch.stack(rows), 0) if first > 2 else (tuple(torch.stack(x) for x in zip(*rows, strict=True)), (0, 0))
-
-    return rule
-
+_TransformedCrossEntropy = _transformed(torch.ops.llmfast.cross_entropy_fwd, _ce_setup, _ce_grad)
 
 _lib.impl("cross_entropy_fwd", _ce_fwd, "CompositeExplicitAutograd")
 _lib.impl("cross_entropy_bwd", _ce_bwd, "CompositeExplicitAutograd")
@@ -517,8 +462,8 @@ torch.library.register_fake(
 torch.library.register_fake("llmfast::cross_entropy_bwd", lambda dloss, x, *_: torch.empty_like(x), lib=_lib)
 torch.library.register_autograd("llmfast::cross_entropy_fwd", _ce_grad, setup_context=_ce_setup, lib=_lib)
 
-torch.library.register_vmap("llmfast::cross_entropy_fwd", _ce_vmap(torch.ops.llmfast.cross_entropy_fwd, 2), lib=_lib)
-torch.library.register_vmap("llmfast::cross_entropy_bwd", _ce_vmap(torch.ops.llmfast.cross_entropy_bwd, 4), lib=_lib)
+for _name, _first in (("cross_entropy_fwd", 2), ("cross_entropy_bwd", 4)):
+    _register_vmap(_name, _first, lambda _, in_dims: in_dims[-2] is None)  # one set of class weights
 
 
 class LinearCrossEntropy(torch.autograd.Function):

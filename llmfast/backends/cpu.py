@@ -102,7 +102,7 @@ class _CrossEntropy(_Recorded):
 
 if (
     _cpu is not None
-):  # Function.apply itself only asks first for torch.func's transforms, which the short way never meets
+):  # C's apply: Function.apply first asks for torch.func's transforms, which the short way never meets
     _cpu.record_with(*(super(torch.autograd.Function, f).apply for f in (_Attention, _Softmax, _CrossEntropy)))
 
 
