@@ -4,6 +4,7 @@ python -m benchmarks run attention              the table, interleaved
 pytest benchmarks/bench_attention.py -k 'N512 and causal'     the same providers through pytest-benchmark
 """
 
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import llmfast
+from benchmarks.measure import DEVICE, record
 
 
 class Shape(NamedTuple):
@@ -109,19 +111,9 @@ def skip(name, shape):
     return name == "naive" and (shape.backward or shape.N > 2048)
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize("provider", providers(DEVICE))
 @pytest.mark.parametrize("shape", shapes(DEVICE), ids=str)
 def test_attention(benchmark, shape, provider):
     if skip(provider, shape):
         pytest.skip("left out of the table")
-    run = call(providers(DEVICE)[provider], shape, inputs(shape, DEVICE))
-    benchmark.group = str(shape)
-    if DEVICE == "cuda":
-        benchmark.pedantic(lambda: (run(), torch.cuda.synchronize()), rounds=20, warmup_rounds=3)
-    else:
-        benchmark(run)
-    amount, unit = work(shape)
-    benchmark.extra_info[unit] = amount / benchmark.stats["median"]
+    record(benchmark, sys.modules[__name__], shape, provider)

@@ -7,6 +7,7 @@ inputs.
     pytest benchmarks/bench_cross_entropy.py -k 50257
 """
 
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmfast
+from benchmarks.measure import DEVICE, record
 
 
 class Shape(NamedTuple):
@@ -124,17 +126,7 @@ def memory(dtypes=("float32", "bfloat16"), rows=2048, V=32000, D=256):
             yield dtype, name, found.peak / 1e6
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize("provider", providers(DEVICE))
 @pytest.mark.parametrize("shape", shapes(DEVICE), ids=str)
 def test_cross_entropy(benchmark, shape, provider):
-    run = call(providers(DEVICE)[provider], shape, inputs(shape, DEVICE))
-    benchmark.group = str(shape)
-    if DEVICE == "cuda":
-        benchmark.pedantic(lambda: (run(), torch.cuda.synchronize()), rounds=20, warmup_rounds=3)
-    else:
-        benchmark(run)
-    amount, unit = work(shape)
-    benchmark.extra_info[unit] = amount / benchmark.stats["median"]
+    record(benchmark, sys.modules[__name__], shape, provider)

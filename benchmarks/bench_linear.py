@@ -4,12 +4,14 @@ python -m benchmarks run linear
 pytest benchmarks/bench_linear.py -k 4096
 """
 
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import llmfast
+from benchmarks.measure import DEVICE, record
 
 SIZES = ((3072, 768), (50257, 768), (4096, 4096), (14336, 4096), (4096, 14336))  # V, D: feed-forward, head, projections
 
@@ -61,14 +63,7 @@ def skip(name, shape):
     return False
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize("provider", providers(DEVICE))
 @pytest.mark.parametrize("shape", shapes(DEVICE), ids=str)
 def test_linear(benchmark, shape, provider):
-    run = call(providers(DEVICE)[provider], shape, inputs(shape, DEVICE))
-    benchmark.group = str(shape)
-    benchmark(run)
-    amount, unit = work(shape)
-    benchmark.extra_info[unit] = amount / benchmark.stats["median"]
+    record(benchmark, sys.modules[__name__], shape, provider)

@@ -4,12 +4,14 @@ python -m benchmarks run softmax
 pytest benchmarks/bench_softmax.py -k 50257
 """
 
+import sys
 from typing import NamedTuple
 
 import pytest
 import torch
 
 import llmfast
+from benchmarks.measure import DEVICE, record
 
 
 class Shape(NamedTuple):
@@ -77,17 +79,7 @@ def skip(name, shape):
     return False
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @pytest.mark.parametrize("provider", providers(DEVICE))
 @pytest.mark.parametrize("shape", shapes(DEVICE), ids=str)
 def test_softmax(benchmark, shape, provider):
-    run = call(providers(DEVICE)[provider], shape, inputs(shape, DEVICE))
-    benchmark.group = str(shape)
-    if DEVICE == "cuda":
-        benchmark.pedantic(lambda: (run(), torch.cuda.synchronize()), rounds=20, warmup_rounds=3)
-    else:
-        benchmark(run)
-    amount, unit = work(shape)
-    benchmark.extra_info[unit] = amount / benchmark.stats["median"]
+    record(benchmark, sys.modules[__name__], shape, provider)

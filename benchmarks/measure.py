@@ -78,6 +78,21 @@ def _timing(times, wall, loaded):
     return Timing(statistics.median(times), low, high, wall, loaded)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where pytest-benchmark runs
+
+
+def record(benchmark, module, shape, provider) -> None:
+    """One provider of a family's table on one shape under pytest-benchmark, with the family's rate beside it."""
+    run = module.call(module.providers(DEVICE)[provider], shape, module.inputs(shape, DEVICE))
+    benchmark.group = str(shape)
+    if DEVICE == "cuda":
+        benchmark.pedantic(lambda: (run(), torch.cuda.synchronize()), rounds=20, warmup_rounds=3)
+    else:
+        benchmark(run)
+    amount, unit = module.work(shape)
+    benchmark.extra_info[unit] = amount / benchmark.stats["median"]
+
+
 def error(got, want) -> float:
     """Relative error in the norm, the largest over the tensors; infinite when something isn't finite."""
     got, want = (x if isinstance(x, (tuple, list)) else (x,) for x in (got, want))
