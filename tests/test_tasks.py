@@ -17,14 +17,7 @@ from llmfast.models import Cache, Config, Transformer, from_pretrained, save
 from llmfast.text import commands, corpus, generation, tasks, training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sharp(model):

@@ -18,15 +18,7 @@ from llmfast.models import Config, NeuralLM, NGram, Transformer, from_pretrained
 from llmfast.text import attention_map, corpus, generation, tasks, training
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small gain nothing from a second thread, and wait for it on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(**options):
