@@ -53,6 +53,8 @@ def test_attention(cuda, name, dtype):
     try:
         got = cases.run(p, "cuda")
     except NotImplementedError as reason:
+        if "dropout" not in str(reason) and "more than 256" not in str(reason):  # what these kernels leave to Triton
+            raise
         pytest.skip(str(reason))
     assert cases.disagreements(p, got) == []
 
