@@ -253,13 +253,9 @@ def translate(a) -> None:
     print(f"BLEU {tasks.bleu(said, [r[1] for r in rows]):.3f} on {len(rows)} sentences")
 
 
-def chinese(text) -> bool:
-    return any("\u4e00" <= c <= "\u9fff" for c in text)
-
-
 def question(text, context="", answer="") -> str:
     """The form of the corpus: 问 and 答 for Chinese."""
-    asks, answers, gap = ("问\uff1a", "答\uff1a", "") if chinese(text) else ("Question: ", " Answer:", " ")
+    asks, answers, gap = ("问\uff1a", "答\uff1a", "") if corpus.chinese(text) else ("Question: ", " Answer:", " ")
     return f"{context}{gap if context else ''}{asks}{text}{answers}{gap if answer else ''}{answer}"
 
 
@@ -267,7 +263,11 @@ def answer(a) -> None:
     model, tokenizer, _ = load(a, "lm")
     shown = []
     if a.examples:
-        rows = [r for r in corpus.load(a.examples, 3) if chinese(r[0]) == chinese(a.question) and r[0] != a.question]
+        rows = [
+            r
+            for r in corpus.load(a.examples, 3)
+            if corpus.chinese(r[0]) == corpus.chinese(a.question) and r[0] != a.question
+        ]
         shown = [question(*r) for r in rows[: a.shots]]
     prompt = "\n".join([*shown, question(a.question, a.context)])
     print(stream(a, model, tokenizer, [prompt], until=("\n",))[0].strip())

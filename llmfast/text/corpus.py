@@ -55,6 +55,11 @@ def clean(text: str) -> str:
     return CONTROL.sub("", unicodedata.normalize("NFC", text).replace(END, " ")).strip()
 
 
+def chinese(text: str) -> bool:
+    """Whether some character is Chinese."""
+    return any("\u4e00" <= c <= "\u9fff" for c in text)
+
+
 def distinct(rows: list[tuple[str, ...]], near: float = 0.8) -> list[tuple[str, ...]]:
     """Each row's first text once; also without those whose character 5-grams are shared to `near` (Jaccard) with an
     earlier one.

@@ -148,8 +148,7 @@ def bleu(said: list[str], right: list[str]) -> float:
     """BLEU (Papineni et al., 2002), 0 to 1, of all sentences together: words in English, characters in Chinese."""
     from torchmetrics.text import SacreBLEUScore
 
-    chinese = any("\u4e00" <= c <= "\u9fff" for text in right for c in text)
-    return SacreBLEUScore(tokenize="zh" if chinese else "13a")(said, [[r] for r in right]).item()
+    return SacreBLEUScore(tokenize="zh" if corpus.chinese("".join(right)) else "13a")(said, [[r] for r in right]).item()
 
 
 def words(rows, validation, held_out) -> tuple[models.NGram, float, float]:
