@@ -117,6 +117,12 @@ MUTANTS = [Mutant(*row) for row in [
     (CE, "if (b != 0) g -= weights * b;", "", "the gradient is not smoothed"),
     (CE, "if (here) from_float(dx + (y - j0), at_target);", "", "the target's gradient lacks its one"),
     (CE, "memset(dx, 0, n * sizeof(T));", "", "an ignored row's gradient stays unwritten"),
+    # softmax
+    (SOFTMAX, "base += top, l *= power(-top), add();", "base += top, add();", "the running sum is not rescaled"),
+    (SOFTMAX, "power(bases[j / kChunk] - base) * inverse", "inverse", "a chunk keeps the base that it was counted against"),
+    (SOFTMAX, "if (!(base > -kFar && base < kFar)) return false;", "", "numbers whose logarithm to base 2 overflows become 0"),
+    (SOFTMAX, "if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);", "", "what goes past the caches keeps its lanes exchanged"),
+    (SOFTMAX, "return iota<C>() < static_cast<C>(end - e) ? z : none;", "return z;", "zeros beyond the row count"),
     # Triton
     (TRITON, "(cols[None, :] - rows[:, None] <= offset)", "(cols[None, :] - rows[:, None] < offset)", "the diagonal is hidden"),
     (TRITON, "m_end = tl.where(shape[2] == 1, M, m_first + 1)", "m_end = tl.where(shape[2] == 1, BLOCK_M, m_first + 1)", "dbias by key sums the first rows only"),

@@ -77,6 +77,26 @@ def test_long_rows_far_below_zero(backend, log):
         torch.testing.assert_close(softmax(x, **options, backend=backend).double(), want, atol=0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [40, 700, 9001])
+def test_wherever_the_largest_number_lies(columns, dtype):
+    run_or_skip(torch.zeros(1, 1), {}, None, "cpu")
+    info = torch.finfo(dtype)
+    x = torch.randn(9, columns).to(dtype)
+    x[0, -1] = 90  # far above all before it
+    x[1, columns // 2 :] += 200
+    x[2] = torch.linspace(-300, 300, columns).to(dtype)
+    x[3, : columns // 2] = info.min
+    x[4] = info.min
+    x[5, -3:] = info.max
+    x[6, 1:] = -torch.inf
+    x[7, 0], x[7, -1] = info.max, info.min
+    x[8] = -torch.inf
+    want = torch.softmax(x.double(), -1).nan_to_num(0)
+    got = llmfast.softmax(x, backend="cpu").double()
+    assert (got - want).abs().max() <= 2 * info.eps
+
+
 def test_past_the_caches():
     run_or_skip(torch.zeros(1, 1), {}, None, "cpu")
     for dtype, cols in ((torch.float32, 4111), (torch.bfloat16, 8209)):

@@ -25,16 +25,12 @@ LLMFAST_INLINE void each(const T* x, int64_t n, compute<T> cap, vec_of<compute<T
   constexpr int L = kLanesOf<C>;
   int64_t e = 0;
   if (cap == 0) {
-    if constexpr (kMixed && std::is_same_v<T, bf16>) {
-      for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
-      for (int k = 0; k < 4; k += 2) {
-        ivec pair;
-        __builtin_memcpy(&pair, x + e + k * L, sizeof(pair));
-        f(e + k * L, k, L, (vec)(pair << 16)), f(e + (k + 1) * L, k + 1, L, (vec)(pair & ~0xffff));
-      }
-    }
     for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) f(e + k * L, k, L, loadu(x + e + k * L));
+    for (int k = 0; k < 4; k += 2) {
+      vec_of<C> y, z;
+      load_two<kMixed>(x + e + k * L, y, z);
+      f(e + k * L, k, L, y), f(e + (k + 1) * L, k + 1, L, z);
+    }
     for (; e + L <= n; e += L) f(e, 0, L, loadu(x + e));
   } else {
     for (; e + L <= n; e += L) f(e, 0, L, capped(loadu(x + e), cap));
@@ -58,17 +54,12 @@ Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap) {
   double l = 0, wx = 0;
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t c = min(kChunk, n - j);
-    const char* const ahead =
-        reinterpret_cast<const char*>(x + j + kChunk);  // the next chunk comes while this one is summed
     double sum, product;
     auto add = [&](C base) __attribute__((always_inline)) {  // gives the largest
       V most[4] = {none, none, none, none}, sums[4] = {}, products[4] = {};
       each<!kSmooth>(x + j, c, cap, none, [&](int64_t e, int k, int64_t count, V y) __attribute__((always_inline)) {
-        if (k == 0) LLMFAST_UNROLL
-        for (int64_t at = 0; at < static_cast<int64_t>(4 * L * sizeof(T)); at += 64)
-          __builtin_prefetch(ahead + e * sizeof(T) + at, 0, 2);
         most[k] = max(most[k], y);
-        sums[k] += exp2(y - base, static_cast<C>(1.4426950408889634));
+        sums[k] += softmax_rows::exponential<C>(y - base);
         if constexpr (kSmooth) {
           const V weights = !w ? splat(C(1)) : count == L ? loadu(w + j + e) : load_part(w + j + e, count);
           products[k] += count == L ? y * weights : iota<C>() < static_cast<C>(count) ? y * weights : V{};

@@ -423,6 +423,33 @@ struct Rounded {
 LLMFAST_INLINE Rounded rounded(vec first, vec second) { return {first, second}; }
 #endif
 LLMFAST_INLINE ivec pairs(vec even, vec odd) { return rounded(even, odd).pairs(); }
+// Two vectors of neighbours. kMixed: the lanes of two vectors of bf16 are exchanged, the even elements in the first, so
+// that one shift or one mask widens them; store_two puts them back.
+template <bool kMixed, class T, class V>
+LLMFAST_INLINE void load_two(const T* p, V& first, V& second) {
+  if constexpr (kMixed && std::is_same_v<T, bf16>) {
+    ivec pair;
+    __builtin_memcpy(&pair, p, sizeof(pair));
+    first = (vec)(pair << 16), second = (vec)(pair & -65536);
+  } else {
+    first = loadu(p), second = loadu(p + sizeof(V) / sizeof(first[0]));
+  }
+}
+template <bool kMixed, class T, class V>
+LLMFAST_INLINE void store_two(T* p, V first, V second) {
+  if constexpr (kMixed && std::is_same_v<T, bf16>) {
+    const ivec pair = pairs(first, second);
+    __builtin_memcpy(p, &pair, sizeof(pair));
+  } else {
+    storeu(p, first), storeu(p + sizeof(V) / sizeof(first[0]), second);
+  }
+}
+// The neighbours in their order again.
+LLMFAST_INLINE void unmix(vec& even, vec& odd) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  const vec first = zip_low(even, odd, lanes);
+  odd = zip_high(even, odd, lanes), even = first;
+}
 // 2 kLanes elements of two rows a and b as pairs (a[i], b[i]): lanes [0, kLanes) and [kLanes, 2 kLanes).
 LLMFAST_INLINE void interleave(ivec a, ivec b, ivec& low, ivec& high) {
   typedef int16_t shorts __attribute__((vector_size(kLanes * 4)));

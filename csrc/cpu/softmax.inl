@@ -109,8 +109,8 @@ LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
   return static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-// y = f(buffer), past the caches where kPast
-template <bool kPast = false, class T, class C, class F>
+// y = f(buffer), past the caches where kPast; kMixed: from lanes as load_two<true> leaves them
+template <bool kPast = false, bool kMixed = false, class T, class C, class F>
 LLMFAST_INLINE void write(const C* buffer, int64_t n, T* y, F&& f) {
   constexpr int L = kLanesOf<C>;
   int64_t e = 0;
@@ -123,6 +123,11 @@ LLMFAST_INLINE void write(const C* buffer, int64_t n, T* y, F&& f) {
     for (; e + L <= n; e += L) storeu(y + e, f(loadu(buffer + e)));
     if (e < n) store_part(y + e, f(loadu(buffer + e)), n - e);
     return;
+  }
+  if constexpr (kMixed) {
+    for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
+    for (int k = 0; k < 4; k += 2)
+      store_two<true>(y + e + k * L, f(load(buffer + e + k * L)), f(load(buffer + e + (k + 1) * L)));
   }
   for (; e + 2 * L <= n; e += 2 * L) storeu(y + e, f(load(buffer + e))), storeu(y + e + L, f(load(buffer + e + L)));
   for (; e + L <= n; e += L) storeu(y + e, f(load(buffer + e)));
@@ -150,75 +155,116 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
   }
 }
 
-// The softmax of n plain numbers: per chunk the maximum, then the sum of exponentials, which go to the buffer.
+// What plain_row counts in: 2^x, for double e^x.
+template <class C>
+constexpr C kUnit = std::is_same_v<C, float> ? C(1.4426950408889634) : C(1);
+LLMFAST_INLINE float power(float x) { return __builtin_exp2f(x); }
+LLMFAST_INLINE double power(double x) { return __builtin_exp(x); }
+
+// The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
+// the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
 template <class T, bool kPast>
-LLMFAST_INLINE void plain_row(const T* x, int64_t n, compute<T> scale, T* y, compute<T>* buffer, compute<T>* maxima) {
+LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, compute<T>* bases) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
+  constexpr C kRise = 64, kFar = C(1e30);  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
-  auto last = [&](int64_t e, int64_t c) {
-    return iota<C>() < static_cast<C>(c - e) ? load_part(x + e, c - e) * scale : splat(-kInfOf<C>);
+  const C c = static_cast<C>(scale * kUnit<C>);
+  auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
   };
-  C m = -kInfOf<C>, l = 0;
+  C base = 0, l = 0;
+  auto last = [&](int64_t e, int64_t end) __attribute__((always_inline)) {  // less than four vectors: the product exact
+    const V z = (end - e >= L ? loadu(x + e) : load_part(x + e, end - e)) * c - base;
+    return iota<C>() < static_cast<C>(end - e) ? z : none;
+  };
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t end = min(j + kChunk, n);
-    V most[4] = {none, none, none, none}, sums[4] = {};
-    int64_t e = j;
-    for (; e + 4 * L <= end; e += 4 * L) {
-      LLMFAST_UNROLL
-      for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
-      LLMFAST_UNROLL
-      for (int k = 0; k < 4; k++) most[k] = max(most[k], loadu(x + e + k * L) * scale);
+    C sum, top;
+    auto add = [&]() __attribute__((always_inline)) {
+      V most[4] = {none, none, none, none}, sums[4] = {};
+      auto term = [&](int k, V z) __attribute__((always_inline)) {
+        most[k] = max(most[k], z);
+        V v;
+        if constexpr (std::is_same_v<C, double>) {
+          v = exponential<C>(z);
+        } else if constexpr (sizeof(T) == 2) {
+          v = exp2_coarse(z, 1.f);
+        } else {
+          v = exp2(z);
+        }
+        sums[k] += v;
+        return v;
+      };
+      int64_t e = j;
+      for (; e + 4 * L <= end; e += 4 * L) {
+        if constexpr (kPast) LLMFAST_UNROLL  // what comes from memory; from a cache it is slower
+        for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
+        V v[4];
+        four(x + e, v);
+        LLMFAST_UNROLL
+        for (int k = 0; k < 4; k++) v[k] = term(k, v[k] * c - base);
+        LLMFAST_UNROLL
+        for (int k = 0; k < 4; k += 2) {
+          if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);
+          store(buffer + e + k * L, v[k]), store(buffer + e + (k + 1) * L, v[k + 1]);
+        }
+      }
+      for (; e < end; e += L) store(buffer + e, term(0, last(e, end)));
+      sum = static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
+    };
+    if (j == 0) {  // nothing to count against yet
+      V first[4] = {none, none, none, none};
+      if (n >= 4 * L) {
+        four(x, first);
+        for (V& v : first) v = v * c;
+      } else {
+        for (int64_t e = 0; e < n; e += L) first[0] = max(first[0], last(e, n));
+      }
+      base = greatest(max(max(first[0], first[1]), max(first[2], first[3])));
+      if (!(base > -kFar && base < kFar)) return false;
     }
-    for (; e + L <= end; e += L) most[0] = max(most[0], loadu(x + e) * scale);
-    if (e < end) most[0] = max(most[0], last(e, end));
-    const C top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
-    if (top > m) l *= exp(m - top), m = top;
-    maxima[j / kChunk] = m;
-    const C base = finite(m);
-    for (e = j; e + 4 * L <= end; e += 4 * L) LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) {
-      const V v = exponential<C>(loadu(x + e + k * L) * scale - base);
-      sums[k] += v;
-      store(buffer + e + k * L, v);
+    add();
+    if (top > kRise) {
+      if (!(top < kFar)) return false;
+      base += top, l *= power(-top), add();
     }
-    for (; e < end; e += L) {
-      const V v = exponential<C>((e + L <= end ? loadu(x + e) * scale : last(e, end)) - base);
-      sums[0] += v;
-      store(buffer + e, v);
-    }
-    l += static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+    bases[j / kChunk] = base;
+    l += sum;
   }
-  const C inverse = l == 0 ? C(0) : 1 / l;
-  if (n <= kChunk) {
-    write<kPast>(buffer, n, y, [&](auto v) {
+  const C inverse = 1 / l;
+  auto put = [&](int64_t j, auto&& f)
+                 __attribute__((always_inline)) { write<kPast, !kPast>(buffer + j, min(kChunk, n - j), y + j, f); };
+  if (sizeof(T) > 2 && n <= kChunk) {
+    put(0, [&](auto v) {
       auto q = v * inverse;
       return q + (v - q * l) * inverse;  // the quotient, correctly rounded but for rare ties
     });
-    return;
+    return true;
   }
   for (int64_t j = 0; j < n; j += kChunk) {
-    const C factor = exp(maxima[j / kChunk] - finite(m)) * inverse;
-    write<kPast>(buffer + j, min(kChunk, n - j), y + j, [&](auto v) { return v * factor; });
+    const C factor = power(bases[j / kChunk] - base) * inverse;
+    put(j, [&](auto v) { return v * factor; });
   }
+  return true;
 }
 
 template <class T>
 LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
-                        compute<T>* maxima) {
+                        compute<T>* bases) {
   using C = compute<T>;
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
-  if (maxima) {
-    const C scale = static_cast<C>(p.scale);
-    if (p.x.size[0] * p.x.size[1] * p.x.size[2] * N * static_cast<int64_t>(sizeof(T)) >= kStream &&
-        reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0) {
-      plain_row<T, true>(x, n, scale, y, buffer, maxima);
-    } else {
-      plain_row<T, false>(x, n, scale, y, buffer, maxima);
-    }
+  const bool past = p.x.size[0] * p.x.size[1] * p.x.size[2] * N * static_cast<int64_t>(sizeof(T)) >= kStream &&
+                    reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0;
+  const bool done = bases && n > 0 &&
+                    (past ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
+                          : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
+  if (done) {
   } else if (n <= kChunk) {
     const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
     finish(p.log, buffer, n, m, y);
@@ -302,7 +348,7 @@ void forward(const Softmax& p) {
     const bool kept = !across && !p.log && !p.bias && !p.mask && N <= kKept;
     const int64_t room = (across || kept ? N : min(N, kChunk)) + 64;
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
-    C *const other = buffer + step * (room / 64 * 64 + 64), *const maxima =
+    C *const other = buffer + step * (room / 64 * 64 + 64), *const bases =
                                                                 kept ? buffer + (step + 1) * (room + 64) : nullptr;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
@@ -310,7 +356,7 @@ void forward(const Softmax& p) {
       if (across) {
         columns<T>(p, a, b, i, buffer, other);
       } else {
-        row<T>(p, a, b, i, buffer, other, maxima);
+        row<T>(p, a, b, i, buffer, other, bases);
       }
     }
     drain();
