@@ -35,7 +35,8 @@ def forward(q, k, v, o, lse, spec, extras):
         None if table is None else table.stride(), B, H, Nq, M, P, page, tiles, splits, *numbers(spec)[:4],
         D=D, Dv=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, SPLIT=SPLIT,
         BLOCK_N=64 if max(block_d, block_dv) <= 128 else 32,  # 3 stages of k and v within 99 KiB
-        **options(spec, q, k), num_warps=4, num_stages=3,
+        **options(spec, q, k), num_stages=3,
+        num_warps=8 if q.dtype == torch.float32 else 4,  # multiply-adds keep all in registers: 4 spill 6 KiB at D = 256
     )
     attention_decode_merge[(B * H * Nq,)](
         parts, logs, o, lse, extras.sinks, o.stride()[:3], B, H, Nq, splits, Dv=Dv, BLOCK_DV=block_dv, num_warps=1
