@@ -3,12 +3,14 @@
 // A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum,
 // exp and sum, write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result.
 // Without bias, mask and logarithm a row is read once: each chunk's exponentials wait in a buffer for the row's sum.
-// Where M is the contiguous dimension, kLanes rows are transposed into the buffer and back.
+// Where M is the contiguous dimension, a lane is a row; with bias, mask or causal kLanes rows are transposed into the
+// buffer and back.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
 constexpr int64_t kChunk = 4096;
-constexpr int64_t kKept = 1 << 18;     // exponentials that wait for the sum: 1 MiB, an L2
+constexpr int64_t kKept = 1 << 20;     // exponentials that wait for the sum: 4 MiB, less than an L3
+constexpr int64_t kTall = 1024;        // rows of exponentials that wait for the columns' sums: 256 KiB
 constexpr int64_t kStream = 16 << 20;  // bytes of a result that no cache holds beside x: written past the caches
 
 template <class T>
@@ -48,6 +50,23 @@ LLMFAST_INLINE float greatest(vec x) { return _mm512_reduce_max_ps(x); }
 LLMFAST_INLINE double total(vec x) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(high)));
+}
+#endif
+
+// The sum of four vectors' lanes in double.
+template <class V>
+LLMFAST_INLINE double total(const V (&x)[4]) {
+  return (total(x[0]) + total(x[1])) + (total(x[2]) + total(x[3]));
+}
+#if LLMFAST_LANES == 16
+LLMFAST_INLINE double total(const vec (&x)[4]) {
+  __m512d sum = _mm512_setzero_pd();
+  LLMFAST_UNROLL
+  for (int k = 0; k < 4; k++) {
+    const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x[k]), 1));
+    sum = _mm512_add_pd(sum, _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x[k])), _mm512_cvtps_pd(high)));
+  }
+  return _mm512_reduce_add_pd(sum);
 }
 #endif
 
@@ -254,16 +273,15 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
 
 template <class T>
 LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
-                        compute<T>* bases) {
+                        compute<T>* bases, bool past) {
   using C = compute<T>;
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
-  const bool past = p.x.size[0] * p.x.size[1] * p.x.size[2] * N * static_cast<int64_t>(sizeof(T)) >= kStream &&
-                    reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0;
-  const bool done = bases && n > 0 &&
-                    (past ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
-                          : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
+  const bool done =
+      bases && n > 0 &&
+      (past && reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0 ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
+                                                               : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
   if (done) {
   } else if (n <= kChunk) {
     const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
@@ -292,6 +310,96 @@ LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compu
     for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<C>);
   } else if (n < N) {
     memset(y + n, 0, (N - n) * sizeof(T));
+  }
+}
+
+// Rows [i, i + 4 kLanes) of plain numbers whose contiguous dimension is M, a lane each: buffer (N, 4 kLanes) where N is
+// at most kTall, else exponentials are taken twice. kWhole: there are so many rows.
+template <class T, bool kWhole>
+void plain_columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  constexpr int64_t kBlock = 256;  // what is summed in the compute type; the blocks' sums are added in double
+  const int64_t N = p.x.size[3], count = p.x.size[2] - i;
+  const C scale = static_cast<C>(p.scale);
+  const T* const x = at<T>(p.x, a, b, i);
+  T* const y = at<T>(p.y, a, b, i);
+  auto read = [&](int64_t j, V* to) __attribute__((always_inline)) {
+    const T* const from = x + j * p.x.stride[3];
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k += 2) {
+      if constexpr (kWhole) {
+        load_two<true>(from + k * L, to[k], to[k + 1]);
+      } else {
+        for (int z = k; z < k + 2; z++) {
+          const int64_t n = count - z * L;
+          to[z] = n >= L ? loadu(from + z * L) : n > 0 ? load_part(from + z * L, n) : V{};
+        }
+      }
+    }
+  };
+  auto put = [&](int64_t j, const V* v) __attribute__((always_inline)) {
+    T* const to = y + j * p.y.stride[3];
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k += 2) {
+      if constexpr (kWhole) {
+        store_two<true>(to + k * L, v[k], v[k + 1]);
+      } else {
+        for (int z = k; z < k + 2; z++) {
+          const int64_t n = count - z * L;
+          if (n >= L) {
+            storeu(to + z * L, v[z]);
+          } else if (n > 0) {
+            store_part(to + z * L, v[z], n);
+          }
+        }
+      }
+    }
+  };
+  V m[4], v[4];
+  LLMFAST_UNROLL
+  for (V& most : m) most = splat(-kInfOf<C>);
+  for (int64_t j = 0; j < N; j++) {
+    read(j, v);
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++) m[k] = max(m[k], v[k] * scale);
+  }
+  LLMFAST_UNROLL
+  for (V& most : m) most = most == -kInfOf<C> ? V{} : most;
+  double totals[4 * L] = {};
+  for (int64_t j = 0; j < N; j += kBlock) {
+    V sums[4] = {};
+    for (int64_t r = j; r < min(j + kBlock, N); r++) {
+      read(r, v);
+      LLMFAST_UNROLL
+      for (int k = 0; k < 4; k++) {
+        v[k] = exponential<C>(v[k] * scale - m[k]), sums[k] += v[k];
+        if (N <= kTall && !p.log) store(buffer + (4 * r + k) * L, v[k]);
+      }
+    }
+    for (int k = 0; k < 4 * L; k++) totals[k] += sums[k / L][k % L];
+  }
+  V l[4], inverse[4];  // of log_softmax the logarithm of l
+  for (int k = 0; k < 4 * L; k++) {
+    const C sum = static_cast<C>(totals[k]);
+    l[k / L][k % L] = p.log ? (sum == 0 ? C(0) : log(sum)) : sum;
+    inverse[k / L][k % L] = sum == 0 ? C(0) : 1 / sum;
+  }
+  for (int64_t j = 0; j < N; j++) {
+    if (p.log || N > kTall) read(j, v);
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++) {
+      if (p.log) {
+        v[k] = (v[k] * scale - m[k]) - l[k];
+      } else if (N > kTall) {
+        v[k] = exponential<C>(v[k] * scale - m[k]) * inverse[k];
+      } else {
+        const V e = load(buffer + (4 * j + k) * L), q = e * inverse[k];
+        v[k] = sizeof(T) == 2 ? q : q + (e - q * l[k]) * inverse[k];  // the quotient, as in finish
+      }
+    }
+    put(j, v);
   }
 }
 
@@ -338,25 +446,40 @@ void columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buff
 template <class T>
 void forward(const Softmax& p) {
   using C = compute<T>;
+  constexpr int L = kLanesOf<C>;
   const int64_t L1 = p.x.size[1], M = p.x.size[2], N = p.x.size[3];
-  const bool across = N > 1 && p.x.stride[3] != 1;
-  const int64_t step = across ? kLanesOf<C> : 1, groups = (M + step - 1) / step, tasks = p.x.size[0] * L1 * groups;
+  const bool across = N > 1 && p.x.stride[3] != 1, plain = !p.bias && !p.mask;
+  const bool lanes = across && plain && p.offset >= N - 1;
+  const int64_t step = lanes    ? 4 * L
+                       : across ? L
+                                : 1,
+                groups = (M + step - 1) / step, tasks = p.x.size[0] * L1 * groups;
+  const bool past = p.x.size[0] * L1 * M * N * static_cast<int64_t>(sizeof(T)) >= kStream;
   if (N == 0) return;
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
   {
     static thread_local Scratch scratch;
-    const bool kept = !across && !p.log && !p.bias && !p.mask && N <= kKept;
-    const int64_t room = (across || kept ? N : min(N, kChunk)) + 64;
+    const bool kept = !across && !p.log && plain && N <= kKept;
+    const int64_t room = lanes ? min(N, kTall) : (across || kept ? N : min(N, kChunk)) + 64;
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
-    C *const other = buffer + step * (room / 64 * 64 + 64), *const bases =
-                                                                kept ? buffer + (step + 1) * (room + 64) : nullptr;
+    C* const other = buffer + step * (room / 64 * 64 + 64);
+    C* const bases = kept ? buffer + (step + 1) * (room + 64) : nullptr;
+    int64_t a = -1, b = 0, i = 0;
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
-      const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
-      if (across) {
-        columns<T>(p, a, b, i, buffer, other);
+      if (a < 0) a = t / (L1 * groups), b = t / groups % L1, i = t % groups;  // a thread's tasks follow each other
+      if (!across) {
+        row<T>(p, a, b, i, buffer, other, bases, past);
+      } else if (!lanes) {
+        columns<T>(p, a, b, i * L, buffer, other);
+      } else if ((i + 1) * step <= M) {
+        plain_columns<T, true>(p, a, b, i * step, buffer);
       } else {
-        row<T>(p, a, b, i, buffer, other, bases);
+        plain_columns<T, false>(p, a, b, i * step, buffer);
+      }
+      if (++i == groups) {
+        i = 0;
+        if (++b == L1) b = 0, a++;
       }
     }
     drain();
@@ -374,28 +497,39 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
-  auto each = [&](auto&& f) __attribute__((always_inline)) {
-    int64_t j = 0;
-    for (; j + 4 * L <= N; j += 4 * L) LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) f(j + k * L, k, L, loadu(y + j + k * L), loadu(dy + j + k * L));
-    for (; j + L <= N; j += L) f(j, 0, L, loadu(y + j), loadu(dy + j));
-    if (j < N) f(j, 0, N - j, load_part(y + j, N - j), load_part(dy + j, N - j));
-  };
+  auto term = [&](V v, V d) __attribute__((always_inline)) { return p.log ? counts(v, d) : v * d; };
+  auto last = [&](const T* x, int64_t n) __attribute__((always_inline)) { return n < L ? load_part(x, n) : loadu(x); };
   V sums[4] = {};
-  each([&](int64_t, int k, int64_t, V v, V d)
-           __attribute__((always_inline)) { sums[k] += p.log ? counts(v, d) : v * d; });
-  const C all = static_cast<C>(total(sums[0]) + total(sums[1]) + total(sums[2]) + total(sums[3]));
+  int64_t j = 0;
+  for (; j + 4 * L <= N; j += 4 * L) LLMFAST_UNROLL
+  for (int k = 0; k < 4; k += 2) {
+    V v, d, w, e;
+    load_two<true>(y + j + k * L, v, w), load_two<true>(dy + j + k * L, d, e);
+    sums[k] += term(v, d), sums[k + 1] += term(w, e);
+  }
+  for (; j < N; j += L) sums[0] += term(last(y + j, N - j), last(dy + j, N - j));
+  const C all = static_cast<C>(total(sums));
+  auto gradient = [&](V v, V d) __attribute__((always_inline)) {
+    return p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all);
+  };
   C* const db = p.dbias ? at<C>(p.dbias, a, b, i) : nullptr;
   C over_row = 0;
-  each([&](int64_t j, int, int64_t n, V v, V d) __attribute__((always_inline)) {
-    const V ds = p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all);
+  j = 0;
+  for (; !db && j + 2 * L <= N; j += 2 * L) {
+    V v, d, w, e;
+    load_two<true>(y + j, v, w), load_two<true>(dy + j, d, e);
+    store_two<true>(dx + j, gradient(v, d) * scale, gradient(w, e) * scale);
+  }
+  for (; j < N; j += L) {
+    const int64_t n = min<int64_t>(L, N - j);
+    const V ds = gradient(last(y + j, n), last(dy + j, n));
     if (n == L) {
       storeu(dx + j, ds * scale);
     } else {
       store_part(dx + j, ds * scale, n);
     }
     for (int64_t k = 0; db && k < n; k++) (p.dbias.stride[3] ? db[(j + k) * p.dbias.stride[3]] : over_row) += ds[k];
-  });
+  }
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
@@ -449,12 +583,20 @@ void backward(const SoftmaxBackward& p) {
   for (int k = 0; k < 3; k++) tasks *= units[k] = p.dbias && p.dbias.size[k] == 1 ? min<int64_t>(size[k], 1) : size[k];
   auto first = [&](int k, int64_t unit) { return units[k] == size[k] ? unit : 0; };
   auto end = [&](int k, int64_t unit) { return units[k] == size[k] ? unit + 1 : size[k]; };
-#pragma omp parallel for schedule(static) if (tasks > 1 && size[0] * size[1] * size[2] * size[3] > 32768)
-  for (int64_t t = 0; t < tasks; t++) {
-    const int64_t u[3] = {t / (units[1] * units[2]), t / units[2] % units[1], t % units[2]};
-    for (int64_t a = first(0, u[0]); a < end(0, u[0]); a++)
-      for (int64_t b = first(1, u[1]); b < end(1, u[1]); b++)
-        for (int64_t i = first(2, u[2]); i < end(2, u[2]); i++) backward_row<T>(p, a, b, i);
+#pragma omp parallel if (tasks > 1 && size[0] * size[1] * size[2] * size[3] > 32768)
+  {
+    int64_t u[3] = {-1, 0, 0};
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < tasks; t++) {
+      if (u[0] < 0) u[0] = t / (units[1] * units[2]), u[1] = t / units[2] % units[1], u[2] = t % units[2];
+      for (int64_t a = first(0, u[0]); a < end(0, u[0]); a++)
+        for (int64_t b = first(1, u[1]); b < end(1, u[1]); b++)
+          for (int64_t i = first(2, u[2]); i < end(2, u[2]); i++) backward_row<T>(p, a, b, i);
+      if (++u[2] == units[2]) {
+        u[2] = 0;
+        if (++u[1] == units[1]) u[1] = 0, u[0]++;
+      }
+    }
   }
 }
 
