@@ -316,18 +316,21 @@ inline Tensor over(const Tensor& t, int dim) {
   return f;
 }
 
-// softmax_fast(x, dim, scale, log) of an x so small that the long way would take a share of the time
+// softmax_fast(x, dim, scale, log, out) of an x so small that the long way would take a share of the time
 inline PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> py::object {
     if (!undisturbed() || !plain(args[0]) || !PyLong_CheckExact(args[1]) || !PyFloat_CheckExact(args[2])) return {};
-    const bool grad = grad_enabled() && requires_grad(args[0]);
+    const bool grad = grad_enabled() && requires_grad(args[0]), fresh = args[4] == Py_None;
+    if (!fresh && (grad || !plain(args[4]) || (grad_enabled() && requires_grad(args[4])))) return {};
     const Tensor x = view(args[0]);
     const long given = PyLong_AsLong(args[1]), dim = given < 0 ? given + x.dim : given;
     int64_t elements = 1;
     for (int64_t n : x.size) elements *= n;
     if (!is_float(x) || dim < 0 || dim >= x.dim || elements > 1 << 16) return {};
-    const py::object y = empty_like(args[0]);
-    const Softmax p{over(x, dim), over(view(y), dim), Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
+    const py::object y = fresh ? empty_like(args[0]) : py::reinterpret_borrow<py::object>(args[4]);
+    const Tensor out = view(y);
+    if (out.dtype != x.dtype || out.dim != x.dim || !std::equal(x.size, x.size + x.dim, out.size)) return {};
+    const Softmax p{over(x, dim), over(out, dim), Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
                     kOpen,        args[3] == Py_True};
     if (!side_by_side(p.x, p.y)) return {};
     {

@@ -578,8 +578,8 @@ def _count(target, spec, extras):
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
-    if mask is None and bias is None and causal is False and out is None and backend is None and not _compiling():
-        y = cpu.softmax_fast(x, dim, scale, log)
+    if mask is None and bias is None and causal is False and backend is None and not _compiling():
+        y = cpu.softmax_fast(x, dim, scale, log, out)
         if y is not None:
             return y
     if arguments.tensor(x, "x").dtype not in arguments.FLOATS:

@@ -179,12 +179,13 @@ def _softmax_supports(x, spec, extras):
     return None if x.is_cpu else f"needs a CPU tensor, got {x.device}"
 
 
-_ACROSS = 16384  # columns that a group of rows may have where the rows, not the columns, lie side by side
+_ACROSS = 16384  # columns that a group of rows with options may have where the rows, not the columns, lie side by side
 
 
 def _softmax_forward(x, out, spec, extras):
     rows = x.stride(-1) == 1 or x.shape[-1] == 1
-    if not rows and not (x.stride(-2) == 1 and x.shape[-1] <= _ACROSS):
+    plain = extras.mask is None and extras.bias is None and spec.offset >= x.shape[-1] - 1
+    if not rows and not (x.stride(-2) == 1 and (plain or x.shape[-1] <= _ACROSS)):
         x, rows = x.contiguous(), True
     y = _fresh(x) if out is None else out
     direct = y.stride(-1) == 1 or y.shape[-1] == 1 if rows else y.stride(-2) == 1 and y.stride(-1) != 1
