@@ -196,8 +196,11 @@ def test_interrupt_during_a_long_call():
         except KeyboardInterrupt:
             print(torch.equal(llmfast.attention(*small), want))
     """)
-    assert child.stdout.readline() == "ready\n"
-    time.sleep(0.3)
-    child.send_signal(signal.SIGINT)
-    assert child.communicate(timeout=100)[0] == "True\n"
-    assert child.returncode == 0
+    try:
+        assert child.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        child.send_signal(signal.SIGINT)
+        assert child.communicate(timeout=100)[0] == "True\n"
+        assert child.returncode == 0
+    finally:
+        child.kill()
