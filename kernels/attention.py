@@ -42,6 +42,12 @@ TILES = {
         128: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 4, 2)),  # two stages in dkdv spill 288 B with Triton 3.6
         256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
     },
+    "gfx942": {  # 64 KiB; 4 warps may use 512 registers a lane, 8 only 256; its compiler can't stage a bool mask
+        64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),
+        128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
+        256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+    "gfx942 float32": {256: ((16, 16, 4, 1),) * 3, 128: ((32, 32, 4, 1),) * 3},
     "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
         128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
@@ -60,7 +66,8 @@ def tile(kernel, D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv or dq."""
     arch = target()
     if arch != "interpreter":
-        arch = "float32" if dtype == torch.float32 else arch if arch in TILES else "small"
+        kind = " float32" if dtype == torch.float32 else ""
+        arch = arch + kind if arch + kind in TILES else kind.strip() or "small"
     rows = TILES[arch]
     return rows[min((d for d in rows if d >= D), default=256)][("fwd", "dkdv", "dq").index(kernel)]
 

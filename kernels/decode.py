@@ -34,7 +34,7 @@ def forward(q, k, v, o, lse, spec, extras):
         q, k, v, parts, logs, extras, q.stride()[:3], k.stride()[:3], v.stride()[:3], *strides(extras, (B, H, Nq, M)),
         None if table is None else table.stride(), B, H, Nq, M, P, page, tiles, splits, *numbers(spec)[:4],
         D=D, Dv=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, SPLIT=SPLIT,
-        BLOCK_N=64 if max(block_d, block_dv) <= 128 else 32,  # 3 stages of k and v within 99 KiB
+        BLOCK_N=min(max(16, 16384 // (max(block_d, block_dv) * k.element_size())), 64),  # 3 stages in 99 KiB, 2 in 64
         **options(spec, q, k), num_stages=3,
         num_warps=8 if q.dtype == torch.float32 else 4,  # multiply-adds keep all in registers: 4 spill 6 KiB at D = 256
     )

@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .attention import target
+
 ONE_BLOCK = 32768  # columns held at once: 32 registers a thread at 32 warps, in float32; 64 at 16 warps spill 24 B
 WIDE_BLOCK = 8192  # columns a step beyond that
 
@@ -20,7 +22,8 @@ def tile(M, N, one_block=ONE_BLOCK):
     if block_n > one_block:
         return 1, WIDE_BLOCK, 8
     block_m = min(max(1, 4096 // block_n), triton.next_power_of_2(M))
-    return block_m, block_n, min(max(block_m * block_n // 1024, 1), 32)
+    most = 16 if target().startswith("gfx") else 32  # 1024 threads
+    return block_m, block_n, min(max(block_m * block_n // 1024, 1), most)
 
 
 def forward(x, out, spec, extras):

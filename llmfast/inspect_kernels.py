@@ -17,14 +17,16 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}  # bytes a block may have
-MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA"}  # the tensor-core instruction
+# bytes of shared memory that a block may have, the tensor-core instruction
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "V_MFMA"}
+ARCHS = tuple(SHARED)
 SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
 ROWS = ("softmax", "cross_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -140,14 +142,17 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
     from triton.backends.compiler import GPUTarget
 
     for arch in archs:
-        driver = CompileOnly(GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
+        amd = arch.startswith("gfx")
+        driver = CompileOnly(
+            GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+        )
         triton.runtime.driver.set_active(driver)
         for name, run in problems(**choice):
             driver.forget()
             run()
             for found in driver.launched:
                 if kernel in found[0]:
-                    yield _read(*found, name, arch)
+                    yield (_read_amd if amd else _read)(*found, name, arch)
 
 
 class CompileOnly:
@@ -202,6 +207,19 @@ def _read(name, binary, metadata, problem, arch):
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups())
         names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
     return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, Counter(names))
+
+
+def _read_amd(name, binary, metadata, problem, arch):
+    """The same from the assembly that Triton keeps beside the machine code; spills are bytes of scratch a lane."""
+    from triton.runtime.cache import get_cache_manager
+
+    text = Path(get_cache_manager(metadata.hash).get_file(f"{name}.amdgcn")).read_text()
+    registers, spills = (
+        int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
+    )
+    names = re.findall(r"^\s+([a-z]+_[a-z]+)", text, re.MULTILINE)
+    count = Counter(n.upper() for n in names)
+    return Compiled(name, problem, arch, registers, spills, metadata.shared, metadata.num_warps, count)
 
 
 def main(arguments: list[str] | None = None) -> None:

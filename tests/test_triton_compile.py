@@ -24,6 +24,7 @@ SHORT = [
     ("sm_90", 128, "bf16", "decode"),
     ("sm_80", 0, "bf16", "cross_entropy"),
     ("sm_90", 0, "bf16", "softmax"),
+    ("gfx942", 128, "bf16", "everything"),
 ]
 LONG = [
     (a, d, t, o)
