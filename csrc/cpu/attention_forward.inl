@@ -23,11 +23,6 @@ constexpr int kTogether = std::is_same_v<T, compute<T>> ? 1 : 4;
 constexpr int64_t kTogetherBytes = 256 << 10;  // of Q^T and O^T, a quarter of L2 (1 MiB on Zen 4)
 constexpr int kTileV = kLanes == 16 ? 4 : 2;   // AVX-512: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
-#if defined(__OPTIMIZE__) && (defined(__FMA__) || defined(__ARM_FEATURE_FMA))  // -O0 contracts nothing
-constexpr bool kFma = true;
-#else
-constexpr bool kFma = false;
-#endif
 template <class C>  // head dims summed in one accumulator, so that long sums err no more than a BLAS
 constexpr int64_t kChunk = std::is_same_v<C, double> ? 16
                            : kFma                    ? 64

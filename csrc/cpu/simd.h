@@ -42,6 +42,11 @@ constexpr int kLanesOf = kLanes * 4 / static_cast<int>(sizeof(C));
 constexpr float kInf = __builtin_inff();
 template <class C>
 constexpr C kInfOf = static_cast<C>(__builtin_inf());
+#if defined(__OPTIMIZE__) && (defined(__FMA__) || defined(__ARM_FEATURE_FMA))  // -O0 contracts nothing
+constexpr bool kFma = true;
+#else
+constexpr bool kFma = false;
+#endif
 constexpr float kLog2e = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 LLMFAST_INLINE vec load(const float* p) { return *reinterpret_cast<const vec*>(p); }

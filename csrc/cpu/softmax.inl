@@ -174,11 +174,13 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
   }
 }
 
-// What plain_row counts in: 2^x, for double e^x.
+// What plain_row counts in: 2^x, which costs a step less, where x scale - base is rounded but once; else e^x.
 template <class C>
-constexpr C kUnit = std::is_same_v<C, float> ? C(1.4426950408889634) : C(1);
-LLMFAST_INLINE float power(float x) { return __builtin_exp2f(x); }
-LLMFAST_INLINE double power(double x) { return __builtin_exp(x); }
+constexpr bool kBase2 = kFma && std::is_same_v<C, float>;
+template <class C>
+LLMFAST_INLINE C power(C x) {
+  return kBase2<C> ? static_cast<C>(__builtin_exp2f(static_cast<float>(x))) : exp(x);
+}
 
 // The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
 // the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
@@ -189,7 +191,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
   constexpr C kRise = 64, kFar = C(1e30);  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
-  const C c = static_cast<C>(scale * kUnit<C>);
+  const C c = static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
   auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
@@ -207,12 +209,12 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
       auto term = [&](int k, V z) __attribute__((always_inline)) {
         most[k] = max(most[k], z);
         V v;
-        if constexpr (std::is_same_v<C, double>) {
-          v = exponential<C>(z);
-        } else if constexpr (sizeof(T) == 2) {
-          v = exp2_coarse(z, 1.f);
-        } else {
+        if constexpr (sizeof(T) == 2) {
+          v = exp2_coarse(z, kBase2<C> ? 1.f : kLog2e);
+        } else if constexpr (kBase2<C>) {
           v = exp2(z);
+        } else {
+          v = exponential<C>(z);
         }
         sums[k] += v;
         return v;
@@ -459,7 +461,8 @@ void forward(const Softmax& p) {
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
   {
     static thread_local Scratch scratch;
-    const bool kept = !across && !p.log && plain && N <= kKept;
+    // in float32 only where products needn't be rounded before they are added
+    const bool kept = !across && !p.log && plain && N <= kKept && (kFma || !std::is_same_v<T, float>);
     const int64_t room = lanes ? min(N, kTall) : (across || kept ? N : min(N, kChunk)) + 64;
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
     C* const other = buffer + step * (room / 64 * 64 + 64);
