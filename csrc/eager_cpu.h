@@ -316,7 +316,7 @@ inline Tensor over(const Tensor& t, int dim) {
   return f;
 }
 
-// softmax_fast(x, dim, scale, log, out) of an x so small that the long way would take a share of the time
+// softmax_fast(x, dim, scale, log, out)
 inline PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> py::object {
     if (!undisturbed() || !plain(args[0]) || !PyLong_CheckExact(args[1]) || !PyFloat_CheckExact(args[2])) return {};
@@ -324,15 +324,14 @@ inline PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
     if (!fresh && (grad || !plain(args[4]) || (grad_enabled() && requires_grad(args[4])))) return {};
     const Tensor x = view(args[0]);
     const long given = PyLong_AsLong(args[1]), dim = given < 0 ? given + x.dim : given;
-    int64_t elements = 1;
-    for (int64_t n : x.size) elements *= n;
-    if (!is_float(x) || dim < 0 || dim >= x.dim || elements > 1 << 16) return {};
+    if (!is_float(x) || dim < 0 || dim >= x.dim) return {};
     const py::object y = fresh ? empty_like(args[0]) : py::reinterpret_borrow<py::object>(args[4]);
     const Tensor out = view(y);
     if (out.dtype != x.dtype || out.dim != x.dim || !std::equal(x.size, x.size + x.dim, out.size)) return {};
     const Softmax p{over(x, dim), over(out, dim), Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
                     kOpen,        args[3] == Py_True};
     if (!side_by_side(p.x, p.y)) return {};
+    if (fresh) huge_pages(out);
     {
       Released release;
       kernels->softmax_forward(p);
@@ -356,6 +355,7 @@ inline PyObject* softmax_gradient(PyObject*, PyObject* const* args, Py_ssize_t) 
       copy = empty_like(y).attr("copy_")(py::handle(d)), dout = view(copy);
     const SoftmaxBackward p{over(dout, dim),           over(out, dim),         over(view(dx), dim), Tensor{},
                             numbers[0].cast<double>(), numbers[1].cast<bool>()};
+    huge_pages(p.dx);
     {
       Released release;
       kernels->softmax_backward(p);
