@@ -150,7 +150,7 @@ def test_address_sanitizer(request, what):
 @jobs.job(cuda_model.fuzz, "tsan")
 @pytest.mark.parametrize("what", KINDS)
 def test_thread_sanitizer(request, what):
-    count = 60 if request.config.getoption("--all") else 3
+    count = 30 if request.config.getoption("--all") else 3
     status, output = jobs.result(cuda_model.fuzz, "tsan")(what, 0, count, small=1)
     assert status == 0, output[-3000:]
 
