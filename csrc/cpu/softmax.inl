@@ -182,6 +182,57 @@ LLMFAST_INLINE C power(C x) {
   return kBase2<C> ? static_cast<C>(__builtin_exp2f(static_cast<float>(x))) : exp(x);
 }
 
+template <class T>
+LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
+  using C = compute<T>;
+  if constexpr (sizeof(T) == 2) {
+    return exp2_coarse(z, kBase2<C> ? 1.f : kLog2e);
+  } else if constexpr (kBase2<C>) {
+    return exp2(z);
+  } else {
+    return exponential<C>(z);
+  }
+}
+
+// The softmax of at most 4 kLanes plain numbers, which stay in registers; c and what it returns as in plain_row.
+template <class T>
+LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  constexpr C kFar = C(1e30);
+  const V none = splat(-kInfOf<C>);
+  V v[4], most = none, sums[4] = {};
+  auto each = [&](auto&& f) __attribute__((always_inline)) {
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++)
+      if (k * L < n) f(k, n - k * L);
+  };
+  auto within = [&](V z, int64_t left) __attribute__((always_inline)) {
+    return left >= L ? z : iota<C>() < static_cast<C>(left) ? z : none;
+  };
+  each([&](int k, int64_t left) __attribute__((always_inline)) {
+    v[k] = left >= L ? loadu(x + k * L) : load_part(x + k * L, left);
+    most = max(most, within(v[k] * c, left));
+  });
+  const C base = greatest(most);
+  if (!(base > -kFar && base < kFar)) return false;
+  each([&](int k, int64_t left)
+           __attribute__((always_inline)) { sums[k] = v[k] = weight<T>(within(v[k] * c - base, left)); });
+  const C l = static_cast<C>(n <= L ? total(sums[0]) : total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  const C inverse = 1 / l;
+  each([&](int k, int64_t left) __attribute__((always_inline)) {
+    V q = v[k] * inverse;
+    if constexpr (sizeof(T) > 2) q += (v[k] - q * l) * inverse;  // as in finish
+    if (left >= L) {
+      storeu(y + k * L, q);
+    } else {
+      store_part(y + k * L, q, left);
+    }
+  });
+  return true;
+}
+
 // The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
 // the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
 template <class T, bool kPast>
@@ -192,6 +243,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   constexpr C kRise = 64, kFar = C(1e30);  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
   const C c = static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
+  if (n <= 4 * L) return short_row(x, n, c, y);
   auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
@@ -208,14 +260,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
       V most[4] = {none, none, none, none}, sums[4] = {};
       auto term = [&](int k, V z) __attribute__((always_inline)) {
         most[k] = max(most[k], z);
-        V v;
-        if constexpr (sizeof(T) == 2) {
-          v = exp2_coarse(z, kBase2<C> ? 1.f : kLog2e);
-        } else if constexpr (kBase2<C>) {
-          v = exp2(z);
-        } else {
-          v = exponential<C>(z);
-        }
+        const V v = weight<T>(z);
         sums[k] += v;
         return v;
       };
@@ -238,13 +283,9 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
       top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     };
     if (j == 0) {  // nothing to count against yet
-      V first[4] = {none, none, none, none};
-      if (n >= 4 * L) {
-        four(x, first);
-        for (V& v : first) v = v * c;
-      } else {
-        for (int64_t e = 0; e < n; e += L) first[0] = max(first[0], last(e, n));
-      }
+      V first[4];
+      four(x, first);
+      for (V& v : first) v = v * c;
       base = greatest(max(max(first[0], first[1]), max(first[2], first[3])));
       if (!(base > -kFar && base < kFar)) return false;
     }
@@ -511,7 +552,8 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
     sums[k] += term(v, d), sums[k + 1] += term(w, e);
   }
   for (; j < N; j += L) sums[0] += term(last(y + j, N - j), last(dy + j, N - j));
-  const C all = static_cast<C>(total(sums));
+  // a few vectors' sums need no doubles to be added
+  const C all = static_cast<C>(N <= 16 * L ? total((sums[0] + sums[1]) + (sums[2] + sums[3])) : total(sums));
   auto gradient = [&](V v, V d) __attribute__((always_inline)) {
     return p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all);
   };
