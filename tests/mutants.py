@@ -120,7 +120,8 @@ MUTANTS = [Mutant(*row) for row in [
     # softmax
     (SOFTMAX, "base += top, l *= power(-top), add();", "base += top, add();", "the running sum is not rescaled"),
     (SOFTMAX, "power(bases[j / kChunk] - base) * inverse", "inverse", "a chunk keeps the base that it was counted against"),
-    (SOFTMAX, "if (!(base > -kFar && base < kFar)) return false;", "", "numbers whose logarithm to base 2 overflows become 0"),
+    (SOFTMAX, "const C base = greatest(most); if (!(base > -kFar && base < kFar)) return false;", "const C base = greatest(most);", "numbers whose logarithm to base 2 overflows become 0"),
+    (SOFTMAX, "static_cast<C>(n <= L ? total(sums[0])", "static_cast<C>(n <= 2 * L ? total(sums[0])", "a short row's second vector is not summed"),
     (SOFTMAX, "if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);", "", "what goes past the caches keeps its lanes exchanged"),
     (SOFTMAX, "return iota<C>() < static_cast<C>(end - e) ? z : none;", "return z;", "zeros beyond the row count"),
     (SOFTMAX, "totals[k] += sums[k / L][k % L];", "totals[k] = sums[k / L][k % L];", "a column's sum is that of its last 256 rows"),
