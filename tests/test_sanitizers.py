@@ -19,7 +19,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CXX = os.environ.get("CXX", "g++")
 # Every test file that runs kernels of the CPU backend. The others start processes, build, or never reach csrc.
-ELSEWHERE = ["benchmarks", "cuda_model", "hf", "install", "large", "mutants", "process", "reference", "sanitizers"]
+ELSEWHERE = [
+    "benchmarks",
+    "cuda_model",
+    "hf",
+    "install",
+    "instruction_sets",
+    "large",
+    "mutants",
+    "process",
+    "reference",
+    "sanitizers",
+]
 # ASan looks for __cxa_throw when it starts, so libstdc++ must be there by then.
 LIBRARIES = {"address,undefined": ["libasan.so", "libstdc++.so.6"], "thread": ["libtsan.so"]}
 OPTIONS = {

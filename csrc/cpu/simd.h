@@ -29,6 +29,7 @@ typedef int32_t ivec __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t wvec __attribute__((vector_size(kLanes * 4)));
 typedef double dvec __attribute__((vector_size(kLanes * 4)));
 typedef int64_t lvec __attribute__((vector_size(kLanes * 4)));
+typedef uint64_t ulvec __attribute__((vector_size(kLanes * 4)));
 typedef float uvec __attribute__((vector_size(kLanes * 4), aligned(4)));
 typedef int32_t uivec
     __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));  // bf16 pairs start at any element
@@ -114,7 +115,7 @@ LLMFAST_INLINE vec exp2(vec x, float c) {
   x = max(splat(-127.f / c), x);
   vec t = x * c + 12582912.f;  // 1.5 * 2^23: rounds to an integer in the low bits
   vec f = x * c - (t - 12582912.f);
-  return exp2_fraction(f) * (vec)(((ivec)t << 23) + (127 << 23));
+  return exp2_fraction(f) * (vec)(((wvec)t << 23) + (127u << 23));
 }
 // The same to a relative error of 2.6e-6, for what is rounded to bf16 next.
 LLMFAST_INLINE vec exp2_coarse(vec x, float c) {
@@ -125,13 +126,13 @@ LLMFAST_INLINE vec exp2_coarse(vec x, float c) {
   p = p * f + 2.4024745e-1f;
   p = p * f + 6.9312181e-1f;
   p = p * f + 9.9999926e-1f;
-  return p * (vec)(((ivec)t << 23) + (127 << 23));
+  return p * (vec)(((wvec)t << 23) + (127u << 23));
 }
 LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
   dvec t = x * c + 6755399441055744.;                               // 1.5 * 2^52
   dvec f = x * c - (t - 6755399441055744.) + x * (c * 1.4109e-17);  // what log2(e) has beyond a double
-  return exp2_fraction(f) * (dvec)(((lvec)t << 52) + (int64_t{1023} << 52));
+  return exp2_fraction(f) * (dvec)(((ulvec)t << 52) + (uint64_t{1023} << 52));
 }
 LLMFAST_INLINE vec exp2(vec x) { return exp2(x, 1.f); }
 // 2^f for |f| <= 1/2, relative error 2e-9 before rounding.
@@ -149,7 +150,7 @@ LLMFAST_INLINE vec exp2_fine(vec x, double c) {
   x = max(splat(-127.f / high), x);
   vec t = x * high + 12582912.f;
   vec f = (x * high - (t - 12582912.f)) + x * low;
-  return exp2_fraction6(f) * (vec)(((ivec)t << 23) + (127 << 23));
+  return exp2_fraction6(f) * (vec)(((wvec)t << 23) + (127u << 23));
 }
 LLMFAST_INLINE dvec exp2_fine(dvec x, double c) { return exp2(x, c); }
 // e^x for x <= 87, relative error 8e-8; 0 below e^-87 and for -inf; NaN passes. n ln(2) leaves x in two exact parts,
@@ -163,7 +164,7 @@ LLMFAST_INLINE vec exp(vec x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * (r * r) + r + 1.f) * (vec)(((ivec)t << 23) + (127 << 23));
+  return (p * (r * r) + r + 1.f) * (vec)(((wvec)t << 23) + (127u << 23));
 }
 
 // Elements as they lie in memory.
