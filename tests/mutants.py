@@ -19,7 +19,7 @@ FWD, BWD, BLOCK, DEC = (
     f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "backward_block", "decode")
 )
 SEQ, SIMD, SOFTMAX, TRITON = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl", "kernels/softmax.py"
-CE = "csrc/cpu/cross_entropy.inl"
+CE, SOFTMAX_BWD = "csrc/cpu/cross_entropy.inl", "csrc/cpu/softmax_backward.inl"
 
 
 class Mutant(NamedTuple):
@@ -126,7 +126,7 @@ MUTANTS = [Mutant(*row) for row in [
     (SOFTMAX, "return iota<C>() < static_cast<C>(end - e) ? z : none;", "return z;", "zeros beyond the row count"),
     (SOFTMAX, "totals[k] += sums[k / L][k % L];", "totals[k] = sums[k / L][k % L];", "a column's sum is that of its last 256 rows"),
     (SOFTMAX, "if (++b == L1) b = 0, a++;", "if (++b == L1) b = 0;", "the outermost index stands still"),
-    (SOFTMAX, "if (++u[1] == units[1]) u[1] = 0, u[0]++;", "if (++u[1] == units[1]) u[1] = 0;", "the gradient's outermost index stands still"),
+    (SOFTMAX_BWD, "if (++u[1] == units[1]) u[1] = 0, u[0]++;", "if (++u[1] == units[1]) u[1] = 0;", "the gradient's outermost index stands still"),
     (SOFTMAX, "v[k] = (v[k] * scale - m[k]) - l[k];", "v[k] = v[k] * scale - m[k];", "a column's logarithm lacks that of the sum"),
     (SOFTMAX, "for (int k = 0; k < 4; k++) { const __m256 high", "for (int k = 0; k < 3; k++) { const __m256 high", "every fourth vector is not summed"),
     # Triton

@@ -8,6 +8,7 @@
 #include "cpu/attention_backward_block.inl"
 #include "cpu/attention_backward.inl"
 #include "cpu/softmax.inl"
+#include "cpu/softmax_backward.inl"
 #include "cpu/cross_entropy.inl"
 #include "cpu/linear.inl"
 #include "cpu/peak.inl"
