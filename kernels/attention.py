@@ -66,8 +66,8 @@ def tile(kernel, D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv or dq."""
     arch = target()
     if arch != "interpreter":
-        kind = " float32" if dtype == torch.float32 else ""
-        arch = arch + kind if arch + kind in TILES else kind.strip() or "small"
+        names = (f"{arch} float32", "float32") if dtype == torch.float32 else (arch, "small")
+        arch = next(name for name in names if name in TILES)
     rows = TILES[arch]
     return rows[min((d for d in rows if d >= D), default=256)][("fwd", "dkdv", "dq").index(kernel)]
 

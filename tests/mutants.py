@@ -125,8 +125,8 @@ MUTANTS = [Mutant(*row) for row in [
     (SOFTMAX, "if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);", "", "what goes past the caches keeps its lanes exchanged"),
     (SOFTMAX, "return iota<C>() < static_cast<C>(end - e) ? z : none;", "return z;", "zeros beyond the row count"),
     (SOFTMAX, "totals[k] += sums[k / L][k % L];", "totals[k] = sums[k / L][k % L];", "a column's sum is that of its last 256 rows"),
-    (SOFTMAX, "if (++b == L1) b = 0, a++;", "if (++b == L1) b = 0;", "the outermost index stands still"),
-    (SOFTMAX_BWD, "if (++u[1] == units[1]) u[1] = 0, u[0]++;", "if (++u[1] == units[1]) u[1] = 0;", "the gradient's outermost index stands still"),
+    (SOFTMAX, "if (++at[1] == M1) at[1] = 0, at[0]++;", "if (++at[1] == M1) at[1] = 0;", "the outermost index stands still"),
+    (SOFTMAX_BWD, "total((sums[0] + sums[1]) + (sums[2] + sums[3]))", "total(sums[0] + sums[1])", "half of a short row's gradient is not summed"),
     (SOFTMAX, "v[k] = (v[k] * scale - m[k]) - l[k];", "v[k] = v[k] * scale - m[k];", "a column's logarithm lacks that of the sum"),
     (SOFTMAX, "for (int k = 0; k < 4; k++) { const __m256 high", "for (int k = 0; k < 3; k++) { const __m256 high", "every fourth vector is not summed"),
     # Triton

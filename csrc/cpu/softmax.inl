@@ -11,7 +11,22 @@ namespace softmax_rows {
 constexpr int64_t kChunk = 4096;
 constexpr int64_t kKept = 1 << 20;     // exponentials that wait for the sum: 4 MiB, less than an L3
 constexpr int64_t kTall = 1024;        // rows of exponentials that wait for the columns' sums: 256 KiB
+constexpr double kFar = 1e30;          // numbers beyond it are not counted in powers of 2, which could overflow
 constexpr int64_t kStream = 16 << 20;  // bytes of a result that no cache holds beside x: written past the caches
+
+// The indices of task t of (.., M1, M2), counted on from a thread's first: a division takes as long as a short row.
+struct Indices {
+  int64_t M1, M2, at[3] = {-1, 0, 0};
+
+  void go_to(int64_t t) {
+    if (at[0] < 0) {
+      at[0] = t / (M1 * M2), at[1] = t / M2 % M1, at[2] = t % M2;
+    } else if (++at[2] == M2) {
+      at[2] = 0;
+      if (++at[1] == M1) at[1] = 0, at[0]++;
+    }
+  }
+};
 
 template <class T>
 T* at(const Tensor& t, int64_t a, int64_t b, int64_t i) {
@@ -200,7 +215,6 @@ LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
-  constexpr C kFar = C(1e30);
   const V none = splat(-kInfOf<C>);
   V v[4], most = none, sums[4] = {};
   auto each = [&](auto&& f) __attribute__((always_inline)) {
@@ -240,7 +254,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
-  constexpr C kRise = 64, kFar = C(1e30);  // a chunk of 2^64 is far from overflow
+  constexpr C kRise = 64;  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
   const C c = static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
   if (n <= 4 * L) return short_row(x, n, c, y);
@@ -314,43 +328,48 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   return true;
 }
 
+// The first n numbers of a row, with any options.
+template <class T>
+LLMFAST_INLINE void any_row(const Softmax& p, int64_t a, int64_t b, int64_t i, int64_t n, compute<T>* buffer,
+                            compute<T>* other) {
+  using C = compute<T>;
+  const T* x = at<T>(p.x, a, b, i);
+  T* y = at<T>(p.y, a, b, i);
+  if (n <= kChunk) return finish(p.log, buffer, n, fill(p, x, a, b, i, 0, n, false, buffer, other), y);
+  C m = -kInfOf<C>, l = 0;
+  for (int64_t j = 0; j < n; j += kChunk) {
+    const int64_t c = min(kChunk, n - j);
+    const C most = fill(p, x + j, a, b, i, j, c, false, buffer, other);
+    if (most > m) l *= exp(m - most), m = most;
+    l += sum_exp<false>(buffer, c, finite(m));
+  }
+  m = finite(m);
+  const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
+  for (int64_t j = 0; j < n; j += kChunk) {
+    const int64_t c = min(kChunk, n - j);
+    fill(p, x + j, a, b, i, j, c, false, buffer, other);
+    if (p.log) {
+      write(buffer, c, y + j, [&](auto v) { return v - m - lse; });
+    } else {
+      write(buffer, c, y + j, [&](auto v) { return exponential<C>(v - m) * inverse; });
+    }
+  }
+}
+
+// bases: room for plain_row, null where it doesn't serve; past: the result goes past the caches
 template <class T>
 LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
                         compute<T>* bases, bool past) {
-  using C = compute<T>;
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
-  const bool done =
-      bases && n > 0 &&
-      (past && reinterpret_cast<uintptr_t>(y) % sizeof(T) == 0 ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
-                                                               : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
-  if (done) {
-  } else if (n <= kChunk) {
-    const C m = fill(p, x, a, b, i, 0, n, false, buffer, other);
-    finish(p.log, buffer, n, m, y);
-  } else {
-    C m = -kInfOf<C>, l = 0;
-    for (int64_t j = 0; j < n; j += kChunk) {
-      const int64_t c = min(kChunk, n - j);
-      const C most = fill(p, x + j, a, b, i, j, c, false, buffer, other);
-      if (most > m) l *= exp(m - most), m = most;
-      l += sum_exp<false>(buffer, c, finite(m));
-    }
-    m = finite(m);
-    const C inverse = l == 0 ? C(0) : 1 / l, lse = l == 0 ? C(0) : log(l);
-    for (int64_t j = 0; j < n; j += kChunk) {
-      const int64_t c = min(kChunk, n - j);
-      fill(p, x + j, a, b, i, j, c, false, buffer, other);
-      if (p.log) {
-        write(buffer, c, y + j, [&](auto v) { return v - m - lse; });
-      } else {
-        write(buffer, c, y + j, [&](auto v) { return exponential<C>(v - m) * inverse; });
-      }
-    }
-  }
+  if (reinterpret_cast<uintptr_t>(y) % sizeof(T)) past = false;
+  const bool done = bases && n > 0 &&
+                    (past ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
+                          : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
+  if (!done) any_row<T>(p, a, b, i, n, buffer, other);
   if (p.log) {
-    for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<C>);
+    for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<compute<T>>);
   } else if (n < N) {
     memset(y + n, 0, (N - n) * sizeof(T));
   }
@@ -508,10 +527,11 @@ void forward(const Softmax& p) {
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
     C* const other = buffer + step * (room / 64 * 64 + 64);
     C* const bases = kept ? buffer + (step + 1) * (room + 64) : nullptr;
-    int64_t a = -1, b = 0, i = 0;
+    Indices task{L1, groups};
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
-      if (a < 0) a = t / (L1 * groups), b = t / groups % L1, i = t % groups;  // a thread's tasks follow each other
+      task.go_to(t);
+      const auto [a, b, i] = task.at;
       if (!across) {
         row<T>(p, a, b, i, buffer, other, bases, past);
       } else if (!lanes) {
@@ -520,10 +540,6 @@ void forward(const Softmax& p) {
         plain_columns<T, true>(p, a, b, i * step, buffer);
       } else {
         plain_columns<T, false>(p, a, b, i * step, buffer);
-      }
-      if (++i == groups) {
-        i = 0;
-        if (++b == L1) b = 0, a++;
       }
     }
     drain();

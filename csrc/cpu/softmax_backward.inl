@@ -103,17 +103,14 @@ void backward(const SoftmaxBackward& p) {
   auto end = [&](int k, int64_t unit) { return units[k] == size[k] ? unit + 1 : size[k]; };
 #pragma omp parallel if (tasks > 1 && size[0] * size[1] * size[2] * size[3] > 32768)
   {
-    int64_t u[3] = {-1, 0, 0};
+    Indices task{units[1], units[2]};
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
-      if (u[0] < 0) u[0] = t / (units[1] * units[2]), u[1] = t / units[2] % units[1], u[2] = t % units[2];
+      task.go_to(t);
+      const int64_t* const u = task.at;
       for (int64_t a = first(0, u[0]); a < end(0, u[0]); a++)
         for (int64_t b = first(1, u[1]); b < end(1, u[1]); b++)
           for (int64_t i = first(2, u[2]); i < end(2, u[2]); i++) backward_row<T>(p, a, b, i);
-      if (++u[2] == units[2]) {
-        u[2] = 0;
-        if (++u[1] == units[1]) u[1] = 0, u[0]++;
-      }
     }
   }
 }
