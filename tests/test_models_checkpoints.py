@@ -13,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 tr = pytest.importorskip("transformers", minversion="5")
 from safetensors.torch import load_file, save_file
 
-from llmfast.models import Cache, from_pretrained, save
+from llmfast.models import Cache, Config, Transformer, from_pretrained, save
 
 tr.logging.set_verbosity_error()
 tr.utils.logging.disable_progress_bar()
@@ -100,8 +100,6 @@ def test_transformers_reads_what_we_save(name, tmp_path, ids):
 
 
 def test_own_layout_round_trip(tmp_path, ids):
-    from llmfast.models import Config, Transformer
-
     shape = dict(
         dim=32, layers=2, heads=4, kind="encoder-decoder", position="sinusoidal", norm="layer", activation="relu"
     )
@@ -115,8 +113,6 @@ def test_own_layout_round_trip(tmp_path, ids):
 
 def test_cached_translation_equals_the_whole(ids):
     """Two beams of each of two sentences of 9 and 6 tokens; then every first beam goes on as its neighbour."""
-    from llmfast.models import Config, Transformer
-
     torch.manual_seed(0)
     model = Transformer(Config(V, dim=32, layers=2, heads=4, kv_heads=2, kind="encoder-decoder")).eval()
     for p in model.parameters():
@@ -139,6 +135,19 @@ def test_cached_translation_equals_the_whole(ids):
             assert (got - want).abs().max() <= 1e-5, i
     assert want.std() > 0.1  # the logits aren't flat
     assert (want[0] - want[2]).abs().max() > 0.1  # and depend on what was heard
+
+
+def test_reorder_takes_the_length_along(ids):
+    torch.manual_seed(0)
+    model = Transformer(Config(V, dim=32, layers=2, heads=4)).eval()
+    with torch.inference_mode():
+        cache = Cache(model.config, 2, 16, model.embed.weight)
+        for b, n in enumerate((5, 9)):
+            model(ids[b : b + 1, :n], cache=cache[b])
+        cache.reorder(torch.tensor([1, 0]))
+        got = model(torch.stack([ids[1, 9:10], ids[0, 5:6]]), cache=cache)[:, 0]
+        want = torch.stack([model(ids[b : b + 1, : n + 1])[0, n] for b, n in ((1, 9), (0, 5))])
+    assert (got - want).abs().max() <= 1e-5
 
 
 def test_token_types(tmp_path, ids):
