@@ -22,7 +22,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 # Never -ffast-math: a library linked with it sets flush-to-zero for the whole process.
 KERNEL = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-ffp-contract=fast", "-fopenmp"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-ISAS = {"baseline": []}  # csrc/cpu/NAME.cpp and its own flags
+ISAS = {"neon" if platform.machine() in ("aarch64", "arm64") else "baseline": []}  # csrc/cpu/NAME.cpp and its own flags
 if X86:
     ISAS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
 WANTED = os.environ.get("LLMFAST_ISAS", " ".join(ISAS)).split()

@@ -6,6 +6,7 @@ whole extension. Results are kept in build/cuda_compile until a source changes.
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -135,7 +136,11 @@ def extension():
     """llmfast._cuda built by setup.py, for the GPUs that it builds for."""
     folder = BUILD / "extension"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
-    environment = {**os.environ, "LLMFAST_CUDA": "1", "LLMFAST_ISAS": "baseline"}
+    environment = {
+        **os.environ,
+        "LLMFAST_CUDA": "1",
+        "LLMFAST_ISAS": "neon" if platform.machine() in ("aarch64", "arm64") else "baseline",
+    }
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next((folder / "llmfast").glob("_cuda*.so"))

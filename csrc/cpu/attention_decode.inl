@@ -116,10 +116,7 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
 template <int R, class T>
 LLMFAST_INLINE void accumulate_row(const Task<T>& x, Workspace<T>& w, int64_t n, compute<T>* acc) {
   constexpr int kPer = kPairs<T> ? 2 : 1, kStep = kLanesOf<compute<T>> * kPer;
-  constexpr int kFit = (kLanes == 16 ? 16 : 8) / R / kPer, kMost = 4 / kPer,
-                Z = kFit < 1       ? 1
-                    : kFit > kMost ? kMost
-                                   : kFit;
+  constexpr int kFit = kRegisters / 2 / R / kPer, kMost = 4 / kPer, Z = kFit < 1 ? 1 : kFit > kMost ? kMost : kFit;
   int64_t d = 0;
   for (; d + Z * kStep <= x.Dv; d += Z * kStep) accumulate<R, Z, false>(x, w, n, d, acc);
   for (; d + kStep <= x.Dv; d += kStep) accumulate<R, 1, false>(x, w, n, d, acc);

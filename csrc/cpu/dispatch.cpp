@@ -21,6 +21,7 @@ const std::vector<const Kernels*>& tables() {  // those this build has and this 
     add(&kAvx512, avx512);
     add(&kAvx2, avx2);
 #endif
+    add(&kNeon, true);  // built for aarch64 alone, which always has it
     add(&kBaseline, true);
     return v;
   }();

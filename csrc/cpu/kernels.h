@@ -20,7 +20,7 @@ struct Kernels {
 
 // Weak: a table that setup.py leaves out (LLMFAST_ISAS) has no address.
 extern const Kernels kBaseline __attribute__((weak)), kAvx2 __attribute__((weak)), kAvx512 __attribute__((weak)),
-    kAvx512Bf16 __attribute__((weak));
+    kAvx512Bf16 __attribute__((weak)), kNeon __attribute__((weak));
 
 // The names this machine can run, best first, separated by spaces.
 const char* supported();

@@ -14,6 +14,8 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12 warns of the undefined vectors in its own header
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/kernels.h"
@@ -40,6 +42,13 @@ using vec_of = std::conditional_t<std::is_same_v<C, double>, dvec, vec>;
 template <class C>
 constexpr int kLanesOf = kLanes * 4 / static_cast<int>(sizeof(C));
 
+// The vector registers of this instruction set: what the tiles of accumulators are made for.
+#if LLMFAST_LANES == 16 || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+
 constexpr float kInf = __builtin_inff();
 template <class C>
 constexpr C kInfOf = static_cast<C>(__builtin_inf());
@@ -65,13 +74,16 @@ LLMFAST_INLINE dvec loadu(const double* p) { return *reinterpret_cast<const udve
 LLMFAST_INLINE void store(double* p, dvec x) { *reinterpret_cast<dvec*>(p) = x; }
 LLMFAST_INLINE void storeu(double* p, dvec x) { *reinterpret_cast<udvec*>(p) = x; }
 LLMFAST_INLINE dvec splat(double x) { return x - dvec{}; }
-// b when either is NaN; GCC makes a comparison and a blend of a > b ? a : b
+// b when either is NaN (on NEON: NaN); GCC makes a comparison and a blend of a > b ? a : b
 #if LLMFAST_LANES == 16
 LLMFAST_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm512_max_pd(a, b); }
 #elif LLMFAST_LANES == 8
 LLMFAST_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm256_max_pd(a, b); }
+#elif defined(__aarch64__)
+LLMFAST_INLINE vec max(vec a, vec b) { return vmaxq_f32(a, b); }
+LLMFAST_INLINE dvec max(dvec a, dvec b) { return vmaxq_f64(a, b); }
 #else
 LLMFAST_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return a > b ? a : b; }
@@ -187,6 +199,10 @@ LLMFAST_INLINE float to_float(bf16 x) {
 LLMFAST_INLINE float to_float(f16 x) {
 #ifdef __F16C__
   return _cvtsh_ss(x.bits);
+#elif defined(__aarch64__)
+  __fp16 h;
+  __builtin_memcpy(&h, &x, 2);
+  return h;
 #else
   uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu, u;
   float f;
@@ -213,6 +229,9 @@ LLMFAST_INLINE void from_float(bf16* p, float x) {
 LLMFAST_INLINE void from_float(f16* p, float x) {
 #ifdef __F16C__
   p->bits = static_cast<uint16_t>(_cvtss_sh(x, 0));
+#elif defined(__aarch64__)
+  const __fp16 h = static_cast<__fp16>(x);
+  __builtin_memcpy(p, &h, 2);
 #else
   uint32_t u, sign;
   __builtin_memcpy(&u, &x, 4);
@@ -271,6 +290,16 @@ LLMFAST_INLINE void storeu(f16* p, vec x) {
 LLMFAST_INLINE vec loadu(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 LLMFAST_INLINE void storeu(f16* p, vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+LLMFAST_INLINE vec loadu(const f16* p) {
+  float16x4_t h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return vcvt_f32_f16(h);
+}
+LLMFAST_INLINE void storeu(f16* p, vec x) {
+  const float16x4_t h = vcvt_f16_f32(x);
+  __builtin_memcpy(p, &h, sizeof h);
 }
 #else
 LLMFAST_INLINE vec loadu(const f16* p) {
@@ -492,6 +521,8 @@ LLMFAST_INLINE void multiply_wide(wvec a, uint32_t m, wvec& high, wvec& low) {
 #elif LLMFAST_LANES == 8
   const __m256i b = _mm256_set1_epi64x(m);
   even = (u64)_mm256_mul_epu32((__m256i)a, b), odd = (u64)_mm256_mul_epu32((__m256i)((u64)a >> 32), b);
+#elif defined(__aarch64__)
+  even = vmull_n_u32(vmovn_u64((u64)a), m), odd = vmull_n_u32(vshrn_n_u64((u64)a, 32), m);
 #else
   even = ((u64)a & 0xffffffffu) * m, odd = ((u64)a >> 32) * m;
 #endif

@@ -66,6 +66,11 @@ LLMFAST_INLINE double total(vec x) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(high)));
 }
+#elif defined(__aarch64__)
+LLMFAST_INLINE float greatest(vec x) { return vmaxvq_f32(x); }
+LLMFAST_INLINE double total(vec x) {
+  return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
+}
 #endif
 
 // The sum of four vectors' lanes in double.
@@ -216,7 +221,7 @@ LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
   const V none = splat(-kInfOf<C>);
-  V v[4], most = none, sums[4] = {};
+  V v[4] = {}, most = none, sums[4] = {};
   auto each = [&](auto&& f) __attribute__((always_inline)) {
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k++)
