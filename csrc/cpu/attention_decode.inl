@@ -3,7 +3,7 @@
 //
 // The rows of a task are the queries of all heads that share a kv head; its keys are one split of kSplit = 512,
 // computed from a fresh (m, l, acc). Partial results meet in key order by one formula, so the bits depend on the
-// sequence alone. Up to 8 rows share each load of k and v. L = kLanes dot products (R rows x L / R keys) are summed
+// sequence alone. Up to 8 rows share each load of k and v. kDots dot products (R rows x kDots / R keys) are summed
 // across lanes together. Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a split: under 2 %
 // with 8 heads in a group.
 namespace llmfast::cpu::LLMFAST_ISA {
@@ -45,13 +45,13 @@ struct Workspace {
 template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
   using C = compute<T>;
-  constexpr int L = kLanesOf<C>, K = L / R, kStep = L * (kPairs<T> ? 2 : 1);
+  constexpr int L = kLanesOf<C>, K = kDots / R, kStep = L * (kPairs<T> ? 2 : 1);
   const int64_t sq = x.wideD / (kPairs<T> ? 2 : 1);
   for (int64_t j = 0; j < n; j += K) {
-    vec_of<C> acc[L];
+    vec_of<C> acc[kDots / L][L];  // of row r and key t: number r K + t
     const T* k[K];
     LLMFAST_UNROLL
-    for (int i = 0; i < L; i++) acc[i] = vec_of<C>{};
+    for (int i = 0; i < kDots; i++) acc[i / L][i % L] = vec_of<C>{};
     LLMFAST_UNROLL
     for (int t = 0; t < K; t++) {
       k[t] = w.k[min<int64_t>(j + t, n - 1)];
@@ -65,14 +65,18 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
       for (int r = 0; r < R; r++) {
         auto z = load(q + r * sq + d / kStep * L);
         LLMFAST_UNROLL
-        for (int t = 0; t < K; t++) acc[r * K + t] = product(acc[r * K + t], z, y[t]);
+        for (int t = 0; t < K; t++) {
+          auto& a = acc[(r * K + t) / L][(r * K + t) % L];
+          a = product(a, z, y[t]);
+        }
       }
     };
     int64_t d = 0;
     for (; d + kStep <= x.D; d += kStep) step(d, std::false_type{});
     if (d < x.D) step(d, std::true_type{});
-    alignas(64) C dots[L];
-    store(dots, sums(acc));
+    alignas(64) C dots[kDots];
+    LLMFAST_UNROLL
+    for (int i = 0; i < kDots / L; i++) store(dots + i * L, sums(acc[i]));
     LLMFAST_UNROLL
     for (int r = 0; r < R; r++) __builtin_memcpy(w.s + r * kBlock + j, dots + r * K, K * sizeof(C));
   }
@@ -251,10 +255,8 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
     for (int64_t j = 0; j < n; j++) w.k[j] = x.k.at(j0 + j), w.v[j] = x.v.at(j0 + j);
     for (int64_t j = 0; j < kBlock; j++) w.next[j] = x.k.at(min(j0 + kBlock + j, x.seq.Nk - 1));
     int64_t row = 0;
-    if constexpr (L >= 8)
-      for (; rows - row >= 8; row += 8) block<8>(x, w, p, row, j0, n);
-    if constexpr (L >= 4)
-      for (; rows - row >= 4; row += 4) block<4>(x, w, p, row, j0, n);
+    for (; rows - row >= 8; row += 8) block<8>(x, w, p, row, j0, n);
+    for (; rows - row >= 4; row += 4) block<4>(x, w, p, row, j0, n);
     for (; rows - row >= 2; row += 2) block<2>(x, w, p, row, j0, n);
     if (row < rows) block<1>(x, w, p, row, j0, n);
   }

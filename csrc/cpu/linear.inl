@@ -2,7 +2,7 @@
 //
 // One task is kColumns = 16 columns. A dot product is a chain by lane over kBlock = 1024 elements, summed across lanes
 // by one tree and then block by block: the bits of y[i][j] depend on x[i], w[j] and b[j] alone, not on the other rows
-// or the threads. L = kLanes products (R rows x C columns x G groups of columns) are summed across lanes together. At
+// or the threads. kDots products (R rows x C columns x G groups of columns) are summed across lanes together. At
 // most 4 columns, 4 KiB of each at a time, are read side by side: w's rows often lie a multiple of 4 KiB apart and then
 // share the 8 lines of one set of L1. So x is laid out anew, the rows' vectors side by side. The block of w that comes
 // next is fetched to L2 while this one is multiplied: the hardware's own fetching ends with each 4 KiB.
@@ -26,9 +26,9 @@ struct Columns {
 // [f, f + F) of every C of the next block
 template <int R, int F, class T>
 LLMFAST_INLINE void products(Columns<T>& t, int64_t i, int64_t d0, int64_t d1, int f = 0) {
-  constexpr int L = kLanes, C = L / R < 4 ? L / R : 4, G = L / (R * C);
+  constexpr int L = kLanes, C = kDots / R < 4 ? kDots / R : 4, G = kDots / (R * C);
   for (int64_t j = 0; j < kColumns; j += G * C) {
-    vec acc[L];
+    vec acc[kDots / L][L];
     LLMFAST_UNROLL
     for (int g = 0; g < G; g++) {
       vec a[R * C] = {};
@@ -51,17 +51,18 @@ LLMFAST_INLINE void products(Columns<T>& t, int64_t i, int64_t d0, int64_t d1, i
       }
       if (d < d1) step(d, std::true_type{});
       LLMFAST_UNROLL
-      for (int n = 0; n < R * C; n++) acc[g * R * C + n] = a[n];
+      for (int n = 0; n < R * C; n++) acc[(g * R * C + n) / L][(g * R * C + n) % L] = a[n];
     }
-    alignas(64) float dots[L];
-    store(dots, sums(acc));
-    for (int n = 0; n < L; n++) t.y[(i + n % R) * kColumns + j + n / R] += dots[n];
+    alignas(64) float dots[kDots];
+    LLMFAST_UNROLL
+    for (int n = 0; n < kDots / L; n++) store(dots + n * L, sums(acc[n]));
+    for (int n = 0; n < kDots; n++) t.y[(i + n % R) * kColumns + j + n / R] += dots[n];
   }
 }
 
 template <class T>
 void run(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y) {
-  constexpr int C = kLanes / 4;  // columns of a tile of 4 rows
+  constexpr int C = kDots / 4;  // columns of a tile of 4 rows
   const int64_t M = x.size[0], D = x.size[1], V = w.size[0], wide = (D + kStep<T> - 1) / kStep<T> * kStep<T>;
   auto row = [](const Tensor& t, int64_t i) { return reinterpret_cast<T*>(t.data) + i * t.stride[0]; };
   static thread_local Scratch scratch;
@@ -95,7 +96,7 @@ void run(const Tensor& x, const Tensor& w, const Tensor& bias, const Tensor& y) 
         if (i) {
           products<2, 0>(t, i, d0, d1);
         } else {
-          products<2, (kLanes < 8 ? kLanes / 2 : 4)>(t, i, d0, d1);
+          products<2, 4>(t, i, d0, d1);
         }
         i += 2;
       }

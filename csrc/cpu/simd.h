@@ -49,6 +49,9 @@ constexpr int kRegisters = 32;
 constexpr int kRegisters = 16;
 #endif
 
+// Dot products summed at a time: as many chains as hide the latency of an addition, in whole vectors of results.
+constexpr int kDots = kRegisters / 2 > kLanes ? kRegisters / 2 : kLanes;
+
 constexpr float kInf = __builtin_inff();
 template <class C>
 constexpr C kInfOf = static_cast<C>(__builtin_inf());
@@ -256,12 +259,31 @@ LLMFAST_INLINE void from_float(f16* p, float x) {
 
 // Unaligned vectors of elements as they lie in memory, widened to the compute type and rounded (to nearest even) from
 // it.
+#if defined(__aarch64__)  // GCC 12 takes a half vector apart in general registers to convert it
+LLMFAST_INLINE vec loadu(const bf16* p) {
+  uint16x4_t h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return (vec)vshll_n_u16(h, 16);
+}
+LLMFAST_INLINE vec loadu(const uint8_t* p) {
+  uint32_t four;
+  __builtin_memcpy(&four, p, sizeof four);
+  return vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))))));
+}
+#else
 LLMFAST_INLINE vec loadu(const bf16* p) {
   typedef uint16_t half __attribute__((vector_size(kLanes * 2)));
   half h;
   __builtin_memcpy(&h, p, sizeof h);
   return (vec)(__builtin_convertvector(h, wvec) << 16);
 }
+LLMFAST_INLINE vec loadu(const uint8_t* p) {
+  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
+  bytes b;
+  __builtin_memcpy(&b, p, sizeof b);
+  return __builtin_convertvector(b, vec);
+}
+#endif
 LLMFAST_INLINE void storeu(bf16* p, vec x) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
@@ -272,12 +294,6 @@ LLMFAST_INLINE void storeu(bf16* p, vec x) {
   half h = __builtin_convertvector(r, half);
   __builtin_memcpy(p, &h, sizeof h);
 #endif
-}
-LLMFAST_INLINE vec loadu(const uint8_t* p) {
-  typedef uint8_t bytes __attribute__((vector_size(kLanes)));
-  bytes b;
-  __builtin_memcpy(&b, p, sizeof b);
-  return __builtin_convertvector(b, vec);
 }
 #if LLMFAST_LANES == 16
 LLMFAST_INLINE vec loadu(const f16* p) {
@@ -526,8 +542,12 @@ LLMFAST_INLINE void multiply_wide(wvec a, uint32_t m, wvec& high, wvec& low) {
 #else
   even = ((u64)a & 0xffffffffu) * m, odd = ((u64)a >> 32) * m;
 #endif
+#if defined(__aarch64__)
+  low = vtrn1q_u32((wvec)even, (wvec)odd), high = vtrn2q_u32((wvec)even, (wvec)odd);
+#else
   low = (wvec)((even & 0xffffffffu) | odd << 32);
   high = (wvec)(even >> 32 | (odd & ~uint64_t{0xffffffffu}));
+#endif
 }
 
 // Philox-4x32-10 (Salmon et al., 2011) in every lane: c becomes the four words.
