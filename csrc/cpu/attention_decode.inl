@@ -3,9 +3,9 @@
 //
 // The rows of a task are the queries of all heads that share a kv head; its keys are one split of kSplit = 512,
 // computed from a fresh (m, l, acc). Partial results meet in key order by one formula, so the bits depend on the
-// sequence alone. Up to 8 rows share each load of k and v. kDots dot products (R rows x kDots / R keys) are summed
-// across lanes together. Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a split: under 2 %
-// with 8 heads in a group.
+// sequence alone. Up to 8 rows share each read of k and v: a vector repeats a few elements of k for each of them, and
+// kDots keys are multiplied at a time. Reads Nk (D + Dv) elements for each kv head, writes rows * (Dv + 2) floats a
+// split: under 2 % with 8 heads in a group.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_dec {
 
@@ -31,55 +31,82 @@ struct Partial {
   C* m;
 };
 
+// What a step of scores reads: rows narrower than its numbers are widened once for all.
+template <class T>
+using stored = std::conditional_t<kPairs<T>, T, compute<T>>;
+
 template <class T>
 struct Workspace {
   using C = compute<T>;
-  unit<T>* q;  // (rows, wideD / per)
+  unit<T>* q;  // (rows, wideD / per): of each R rows (wideD / per / K, R, K)
+  C* wide;     // (kDots, wideD): rows of k
   C* l;        // (rows, L): sums by lane
   alignas(64) C s[8 * kBlock], alpha[8], tile[kBlock];
   const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
 };
 
-// S[r][j] = q[r] . k[j] for R rows and n keys; fetches the keys' rows of v meanwhile, as accumulate does the next
-// block's k: to L2 only, because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
-template <int R, class T>
-LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t n) {
+// K units of a row, as many times as they fit a vector; of a row's last ones n elements are there.
+template <int K, class U, class T>
+LLMFAST_INLINE auto repeated(const T* p) {
+  return (std::conditional_t<std::is_same_v<U, int32_t>, ivec, vec_of<U>>)repeat<K * sizeof(U)>(p);
+}
+template <int K, class U, class T>
+LLMFAST_INLINE auto repeated(const T* p, int64_t n) {
+  T whole[K * sizeof(U) / sizeof(T)] = {};
+  for (int64_t i = 0; i < n; i++) whole[i] = p[i];
+  return repeated<K, U>(whole);
+}
+
+// S[r][j + t] = q[r] . k[j + t] for R rows and J keys; lane r K + u has every K-th unit of row r from u on, so that K
+// keys' products meet in one vector (R, K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's
+// k: to L2 only, because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
+template <int R, int J, class T>
+LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t j, int64_t n) {
   using C = compute<T>;
-  constexpr int L = kLanesOf<C>, K = kDots / R, kStep = L * (kPairs<T> ? 2 : 1);
-  const int64_t sq = x.wideD / (kPairs<T> ? 2 : 1);
-  for (int64_t j = 0; j < n; j += K) {
-    vec_of<C> acc[kDots / L][L];  // of row r and key t: number r K + t
-    const T* k[K];
+  using S = stored<T>;
+  constexpr int L = kLanesOf<C>, K = L / R, kStep = K * (kPairs<T> ? 2 : 1), kLine = 64 / sizeof(T);
+  vec_of<C> acc[J];
+  const S* k[J];
+  const T* v[J];
+  auto fetch = [&](int64_t d) __attribute__((always_inline)) {
     LLMFAST_UNROLL
-    for (int i = 0; i < kDots; i++) acc[i / L][i % L] = vec_of<C>{};
-    LLMFAST_UNROLL
-    for (int t = 0; t < K; t++) {
-      k[t] = w.k[min<int64_t>(j + t, n - 1)];
-      for (int64_t d = 0; d < x.Dv; d += 64 / sizeof(T)) __builtin_prefetch(w.v[min<int64_t>(j + t, n - 1)] + d, 0, 2);
+    for (int t = 0; t < J; t++) {
+      if (K < L && std::is_same_v<S, T>) __builtin_prefetch(k[t] + d + kLine);
+      __builtin_prefetch(v[t] + d, 0, 2);
     }
-    auto step = [&](int64_t d, auto part) __attribute__((always_inline)) {
-      decltype(load(q)) y[K];
-      LLMFAST_UNROLL
-      for (int t = 0; t < K; t++) y[t] = units<T, decltype(part)::value>(k[t] + d, x.D - d);
-      LLMFAST_UNROLL
-      for (int r = 0; r < R; r++) {
-        auto z = load(q + r * sq + d / kStep * L);
-        LLMFAST_UNROLL
-        for (int t = 0; t < K; t++) {
-          auto& a = acc[(r * K + t) / L][(r * K + t) % L];
-          a = product(a, z, y[t]);
-        }
-      }
-    };
-    int64_t d = 0;
-    for (; d + kStep <= x.D; d += kStep) step(d, std::false_type{});
-    if (d < x.D) step(d, std::true_type{});
-    alignas(64) C dots[kDots];
-    LLMFAST_UNROLL
-    for (int i = 0; i < kDots / L; i++) store(dots + i * L, sums(acc[i]));
-    LLMFAST_UNROLL
-    for (int r = 0; r < R; r++) __builtin_memcpy(w.s + r * kBlock + j, dots + r * K, K * sizeof(C));
+  };
+  LLMFAST_UNROLL
+  for (int t = 0; t < J; t++) {
+    const int64_t at = min<int64_t>(j + t, n - 1);
+    acc[t] = vec_of<C>{};
+    v[t] = w.v[at];
+    if constexpr (std::is_same_v<S, T>) {
+      k[t] = w.k[at];
+    } else {
+      widen(w.k[at], x.D, w.wide + t * x.wideD), k[t] = w.wide + t * x.wideD;
+    }
   }
+  int64_t d = 0;
+  for (; d + kStep <= x.D; d += kStep) {
+    const auto z = load(q + d / kStep * L);
+    if (d % kLine == 0) fetch(d);
+    LLMFAST_UNROLL
+    for (int t = 0; t < J; t++) acc[t] = product(acc[t], z, repeated<K, unit<T>>(k[t] + d));
+  }
+  if (d < x.D) {
+    const auto z = load(q + d / kStep * L);
+    for (int t = 0; t < J; t++) acc[t] = product(acc[t], z, repeated<K, unit<T>>(k[t] + d, x.D - d));
+  }
+  for (d = (d + kLine - 1) / kLine * kLine; d < x.Dv; d += kLine) fetch(d);
+  vec_of<C> dots[J / K];
+  LLMFAST_UNROLL
+  for (int g = 0; g < J / K; g++) dots[g] = sums<K>(acc + g * K);
+  alignas(64) C s[J * R];
+  LLMFAST_UNROLL
+  for (int g = 0; g < J / K; g++) store(s + g * L, dots[g]);
+  LLMFAST_UNROLL
+  for (int r = 0; r < R; r++) LLMFAST_UNROLL
+  for (int g = 0; g < J / K; g++) __builtin_memcpy(w.s + r * kBlock + j + g * K, s + g * L + r * K, K * sizeof(C));
 }
 
 // acc[r] = acc[r] * alpha[r] + sum over j of P[r][j] v[j], over Z vectors of head dims from d
@@ -201,9 +228,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
   V top = y[0];
   LLMFAST_UNROLL
   for (int t = 1; t < N; t++) top = max(top, y[t]);
-  C m_new = m;
-  LLMFAST_UNROLL
-  for (int t = 0; t < L; t++) m_new = m_new > top[t] ? m_new : top[t];
+  const C m_new = max(m, greatest(top));
   const C base = m_new == -kInfOf<C> ? C(0) : m_new;  // no key yet: 0
   const V alpha = exp2_fine(splat(m) - base, c);
   V l = load(w.l + row * L) * alpha;
@@ -224,9 +249,25 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
 // Rows [row, row + R) over the keys of one block.
 template <int R, class T>
 void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
-  scores<R>(x, w, w.q + row * x.wideD / (kPairs<T> ? 2 : 1), n);
+  constexpr int L = kLanesOf<compute<T>>, kFew = L / R > kDots / 2 ? L / R : kDots / 2;
+  const unit<T>* const q = w.q + row * x.wideD / (kPairs<T> ? 2 : 1);
+  int64_t j = 0;
+  for (; n - j > kFew; j += kDots) scores<R, kDots>(x, w, q, j, n);
+  if (j < n) scores<R, kFew>(x, w, q, j, n);
   for (int r = 0; r < R; r++) softmax(x, w, r, row + r, j0, n, p.m[row + r]);
   accumulate_row<R>(x, w, n, p.acc + row * x.wideDv);
+}
+
+// f(row, R) for groups of at most L rows: 8, 4, 2, 1.
+template <int L, class F>
+LLMFAST_INLINE void in_groups(int64_t rows, F&& f) {
+  int64_t row = 0;
+  if constexpr (L >= 8)
+    for (; rows - row >= 8; row += 8) f(row, std::integral_constant<int, 8>{});
+  if constexpr (L >= 4)
+    for (; rows - row >= 4; row += 4) f(row, std::integral_constant<int, 4>{});
+  for (; rows - row >= 2; row += 2) f(row, std::integral_constant<int, 2>{});
+  if (row < rows) f(row, std::integral_constant<int, 1>{});
 }
 
 // One split [first, end) of the keys, for all rows.
@@ -240,25 +281,28 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
   memset(p.acc, 0, rows * x.wideDv * sizeof(C));
   memset(w.l, 0, rows * L * sizeof(C));
   memset(w.q, 0, rows * x.wideD / (kPairs<T> ? 2 : 1) * sizeof(unit<T>));
-  for (int64_t row = 0; row < rows; row++) {
-    const int64_t h = x.kv_head * x.group + row / x.seq.Nq, i = row % x.seq.Nq;
-    const Tensor& t = x.a.q;
-    const T* q = reinterpret_cast<const T*>(t.data) + x.seq.batch * t.stride[0] + h * t.stride[1] + i * t.stride[2];
-    if constexpr (kPairs<T>) {
-      memcpy(reinterpret_cast<T*>(w.q) + row * x.wideD, q, x.D * sizeof(T));
-    } else {
-      widen(q, x.D, w.q + row * x.wideD);
+  constexpr int kPer = kPairs<T> ? 2 : 1;
+  in_groups<L>(rows, [&](int64_t row, auto R) {
+    for (int r = 0; r < R; r++) {
+      const int64_t h = x.kv_head * x.group + (row + r) / x.seq.Nq, i = (row + r) % x.seq.Nq;
+      const Tensor& t = x.a.q;
+      const T* q = reinterpret_cast<const T*>(t.data) + x.seq.batch * t.stride[0] + h * t.stride[1] + i * t.stride[2];
+      constexpr int K = L / R * kPer;
+      stored<T>* const to = reinterpret_cast<stored<T>*>(w.q + row * x.wideD / kPer) + r * K;
+      for (int64_t d = 0; d < x.D; d++) {
+        if constexpr (kPairs<T>) {
+          to[d / K * K * R + d % K] = q[d];
+        } else {
+          to[d / K * K * R + d % K] = to_float(q[d]);
+        }
+      }
     }
-  }
+  });
   for (int64_t j0 = first; j0 < end; j0 += kBlock) {
     const int64_t n = min<int64_t>(kBlock, end - j0);
     for (int64_t j = 0; j < n; j++) w.k[j] = x.k.at(j0 + j), w.v[j] = x.v.at(j0 + j);
     for (int64_t j = 0; j < kBlock; j++) w.next[j] = x.k.at(min(j0 + kBlock + j, x.seq.Nk - 1));
-    int64_t row = 0;
-    for (; rows - row >= 8; row += 8) block<8>(x, w, p, row, j0, n);
-    for (; rows - row >= 4; row += 4) block<4>(x, w, p, row, j0, n);
-    for (; rows - row >= 2; row += 2) block<2>(x, w, p, row, j0, n);
-    if (row < rows) block<1>(x, w, p, row, j0, n);
+    in_groups<L>(rows, [&](int64_t row, auto R) { block<R>(x, w, p, row, j0, n); });
   }
   for (int64_t row = 0; row < rows; row++)
     for (int lane = 0; lane < L; lane++) p.l[row] += w.l[row * L + lane];
@@ -328,9 +372,10 @@ void run(const AttentionForward& a) {
   {
     static thread_local Scratch scratch;
     Workspace<T> w;
-    C* at = static_cast<C*>(scratch.bytes((rows * (wideD + L) + wideDv) * sizeof(C)));
+    C* at = static_cast<C*>(scratch.bytes(((rows + kDots) * wideD + rows * L + wideDv) * sizeof(C)));
     w.l = at, at += rows * L;
     w.q = reinterpret_cast<unit<T>*>(at), at += rows * wideD;
+    w.wide = at, at += kDots * wideD;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t t = 0; t < tasks; t++) {
       const int64_t b = t / splits / Hk, head = t / splits % Hk;

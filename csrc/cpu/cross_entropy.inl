@@ -67,13 +67,13 @@ Partial part(const T* x, const compute<T>* w, int64_t n, compute<T> cap) {
       });
       sum = softmax_rows::total((sums[0] + sums[1]) + (sums[2] + sums[3]));
       if constexpr (kSmooth) product = softmax_rows::total((products[0] + products[1]) + (products[2] + products[3]));
-      return softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
+      return greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     };
     if (m == -kInfOf<C>) {  // nothing to sum against yet
       V most[4] = {none, none, none, none};
       each<true>(x + j, c, cap, none,
                  [&](int64_t, int k, int64_t, V y) __attribute__((always_inline)) { most[k] = max(most[k], y); });
-      m = softmax_rows::greatest(max(max(most[0], most[1]), max(most[2], most[3])));
+      m = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     }
     C base = softmax_rows::finite(m), top = add(base);
     if (top > base + kRise) l *= exp(static_cast<double>(m) - top), m = base = top, add(base);

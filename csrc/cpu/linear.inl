@@ -55,7 +55,7 @@ LLMFAST_INLINE void products(Columns<T>& t, int64_t i, int64_t d0, int64_t d1, i
     }
     alignas(64) float dots[kDots];
     LLMFAST_UNROLL
-    for (int n = 0; n < kDots / L; n++) store(dots + n * L, sums(acc[n]));
+    for (int n = 0; n < kDots / L; n++) store(dots + n * L, sums<L>(acc[n]));
     for (int n = 0; n < kDots; n++) t.y[(i + n % R) * kColumns + j + n / R] += dots[n];
   }
 }

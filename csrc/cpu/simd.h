@@ -390,6 +390,28 @@ LLMFAST_INLINE auto iota() {
   return iota<C>(std::make_integer_sequence<int, kLanesOf<C>>{});
 }
 
+// n bytes (4, 8, ... to a whole vector), as many times as they fit.
+template <int n>
+LLMFAST_INLINE vec repeat(const void* p) {
+  if constexpr (n == 4 || n == 8) {
+    std::conditional_t<n == 4, int32_t, int64_t> x;
+    __builtin_memcpy(&x, p, n);
+    return (vec)(x - std::conditional_t<n == 4, ivec, lvec>{});
+#if LLMFAST_LANES == 16
+  } else if constexpr (n == 16) {
+    return _mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(p)));
+  } else if constexpr (n == 32) {
+    return _mm512_broadcast_f32x8(_mm256_loadu_ps(static_cast<const float*>(p)));
+#elif LLMFAST_LANES == 8
+  } else if constexpr (n == 16) {
+    return _mm256_broadcast_ps(static_cast<const __m128*>(p));
+#endif
+  } else {
+    static_assert(n == sizeof(vec));
+    return loadu(static_cast<const float*>(p));
+  }
+}
+
 // The low or high halves of a and b, lanes alternating: a0 b0 a1 b1 ...
 template <class V, int... I>
 LLMFAST_INLINE V zip_low(V a, V b, std::integer_sequence<int, I...>) {
@@ -418,15 +440,45 @@ LLMFAST_INLINE void transpose(V (&r)[L]) {
   }
 }
 
-// One vector whose lane i is the sum of r[i]'s lanes.
-template <class V, int L = sizeof(V) / sizeof(V{}[0])>
-LLMFAST_INLINE V sums(V (&r)[L]) {
-  constexpr std::make_integer_sequence<int, L> lanes{};
-  LLMFAST_UNROLL
-  for (int n = L / 2; n > 0; n /= 2) LLMFAST_UNROLL
-  for (int i = 0; i < n; i++) r[i] = zip_low(r[i], r[i + n], lanes) + zip_high(r[i], r[i + n], lanes);
-  return r[0];
+// Lane i of a, or of b where i has bit n; and the same of lane i ^ n.
+template <int n, class V, int... I>
+LLMFAST_INLINE V near(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & n ? I + static_cast<int>(sizeof...(I)) : I)...);
 }
+template <int n, class V, int... I>
+LLMFAST_INLINE V far(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & n ? (I ^ n) + static_cast<int>(sizeof...(I)) : I ^ n)...);
+}
+
+// Of K vectors of (R, K) lanes the K sums of each of the R rows: one vector (R, K).
+template <int K, class V>
+LLMFAST_INLINE V sums(V* r) {
+  constexpr int n = K / 2;
+  constexpr std::make_integer_sequence<int, sizeof(V) / sizeof(V{}[0])> lanes{};
+  if constexpr (n > 0) {
+    LLMFAST_UNROLL
+    for (int i = 0; i < n; i++) r[i] = near<n>(r[i], r[i + n], lanes) + far<n>(r[i], r[i + n], lanes);
+    return sums<n>(r);
+  } else {
+    return r[0];
+  }
+}
+// The greatest lane; what a NaN does to it depends on where it is.
+template <class V>
+LLMFAST_INLINE auto greatest(V x) {
+  constexpr int L = sizeof(V) / sizeof(x[0]);
+  alignas(64) decltype(x[0] + x[0]) m[L];
+  store(m, x);
+  LLMFAST_UNROLL
+  for (int half = L / 2; half; half /= 2) LLMFAST_UNROLL
+  for (int i = 0; i < half; i++) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
+  return m[0];
+}
+#if LLMFAST_LANES == 16  // in registers: a row of 512 floats has only 32 vectors
+LLMFAST_INLINE float greatest(vec x) { return _mm512_reduce_max_ps(x); }
+#elif defined(__aarch64__)
+LLMFAST_INLINE float greatest(vec x) { return vmaxvq_f32(x); }
+#endif
 template <class V>
 LLMFAST_INLINE auto sum(V x) {
   constexpr int L = sizeof(V) / sizeof(x[0]);

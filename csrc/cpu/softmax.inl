@@ -37,16 +37,6 @@ template <class C>
 LLMFAST_INLINE vec_of<C> exponential(vec_of<C> x) {
   return exp2(x, static_cast<C>(1.4426950408889634));
 }
-template <class V>
-LLMFAST_INLINE auto greatest(V x) {
-  constexpr int L = sizeof(V) / sizeof(x[0]);
-  alignas(64) decltype(x[0] + x[0]) m[L];
-  store(m, x);
-  LLMFAST_UNROLL
-  for (int half = L / 2; half; half /= 2) LLMFAST_UNROLL
-  for (int i = 0; i < half; i++) m[i] = m[i] > m[i + half] ? m[i] : m[i + half];
-  return m[0];
-}
 // The sum of the lanes in double: each rounding of it errs in every element of the row.
 template <class V>
 LLMFAST_INLINE double total(V x) {
@@ -61,13 +51,11 @@ LLMFAST_INLINE double total(V x) {
 }
 
 #if LLMFAST_LANES == 16  // in registers: a row of 512 floats has only 32 vectors
-LLMFAST_INLINE float greatest(vec x) { return _mm512_reduce_max_ps(x); }
 LLMFAST_INLINE double total(vec x) {
   const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1));
   return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(high)));
 }
 #elif defined(__aarch64__)
-LLMFAST_INLINE float greatest(vec x) { return vmaxvq_f32(x); }
 LLMFAST_INLINE double total(vec x) {
   return vaddvq_f64(vaddq_f64(vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)));
 }
