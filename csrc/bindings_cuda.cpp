@@ -24,6 +24,20 @@ PYBIND11_MODULE(_cuda, m) {
     }
     raise(error);
   });
+  m.def("attention_decode",
+        [](py::handle q, py::handle k, py::handle v, py::handle o, py::handle lse, py::handle parts, py::handle sums,
+           py::handle counters, const py::tuple& s, const py::tuple& e, uintptr_t stream) {
+          cuda::AttentionDecode p{{view(q), view(k), view(v), view(o), view(lse), attention_spec(s), extras(e)},
+                                  view(parts),
+                                  view(sums),
+                                  view(counters)};
+          const char* error;
+          {
+            py::gil_scoped_release release;
+            error = cuda::attention_decode(p, reinterpret_cast<void*>(stream));
+          }
+          raise(error);
+        });
   m.def("attention_backward",
         [](py::handle dout, py::handle q, py::handle k, py::handle v, py::handle lse, py::handle delta, py::handle dq,
            py::handle dk, py::handle dv, const py::tuple& s, const py::tuple& e, uintptr_t stream) {

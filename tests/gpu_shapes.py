@@ -18,6 +18,14 @@ def attend(B, H, Hk, Nq, Nk, D, dtype, **options):
     llmfast.attention(q, k, v, backend="cuda", **options).sum().backward()
 
 
+def decode(H, Hk, Nq, M, D, dtype, **options):
+    """Pages of 16 in reverse, lengths of which one is more than there is room for."""
+    q, k, v = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in ((2, H, Nq, D), *[(M // 8, Hk, 16, D)] * 2))
+    table = torch.arange(M // 8, device="cuda", dtype=torch.int32).flip(0).view(2, -1)
+    lengths = torch.tensor([M - 5, M + 5], device="cuda", dtype=torch.int32)
+    llmfast.attention_decode(q, k, v, lengths, page_table=table, backend="cuda", **options)
+
+
 def soften(rows, N, dtype):
     x = torch.randn(rows, N, device="cuda", dtype=dtype, requires_grad=True)
     llmfast.softmax(x, backend="cuda").square().sum().backward()
@@ -34,6 +42,11 @@ def main():
     ):
         print(i, D, Nq, Nk, option, flush=True)
         attend(1, 2, 1 + i % 2, Nq, Nk, D, (torch.bfloat16, torch.float16)[i % 2], **option)
+    for i, (D, (H, Hk, Nq, M)) in enumerate(
+        (d, s) for d in (32, 64, 96, 128, 192, 256) for s in ((2, 2, 1, 16), (8, 1, 1, 800), (6, 2, 7, 1200))
+    ):
+        print("decode", D, H, Hk, Nq, M, flush=True)
+        decode(H, Hk, Nq, M, D, (torch.bfloat16, torch.float16)[i % 2], **options[i % 4])
     for i, N in enumerate((7, 256, 1000, 4096, 9001, 40000)):
         print("softmax", N, flush=True)
         soften(3, N, (torch.float32, torch.bfloat16, torch.float16)[i % 3])

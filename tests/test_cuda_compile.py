@@ -30,6 +30,7 @@ SPILL_LIMIT = {"80": 16, "90a": 16, "100a": 32, "120": 16}
 KERNELS = {  # of each file
     "attention_bf16": 12,
     "attention_fp16": 12,
+    "attention_decode": 12,
     "attention_backward_bf16": 14,
     "attention_backward_fp16": 14,
     "softmax": 60,
@@ -77,6 +78,7 @@ def compiled(file, arch):
 
 
 SHORT = {("attention_bf16", "90a"), ("attention_backward_bf16", "80"), ("softmax", "90a"), ("cross_entropy", "80")}
+SHORT |= {("attention_decode", "90a")}
 
 
 def targets():

@@ -9,6 +9,16 @@ namespace llmfast::cuda {
 // where a sequence has a row.
 const char* attention_forward(const AttentionForward& problem, void* stream);
 
+// As attention_forward, for a few queries against the keys that seqlens_k counts in a cache or in pages (page_table).
+// parts (splits, B H Nq, Dv rounded up to a multiple of 8, at least 8) and sums (splits, B H Nq, 2) float32 are room
+// for as many splits of the keys; counters int32, one for each 16 rows of a key head, are zero and stay so. All three
+// may be absent: one split.
+struct AttentionDecode {
+  AttentionForward forward;
+  Tensor parts, sums, counters;
+};
+const char* attention_decode(const AttentionDecode& problem, void* stream);
+
 // dq, dk and dv from dout, q, k, v (16-byte aligned rows), lse and delta float32; dbias, dsinks and o are not looked
 // at.
 const char* attention_backward(const AttentionBackward& problem, void* stream);

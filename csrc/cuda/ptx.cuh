@@ -64,6 +64,14 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// ---- between blocks
+
+// [atom.relaxed.gpu] Adds to a number that other blocks add to; returns what it was. Orders nothing by itself.
+__device__ __forceinline__ int atomic_add(int* p, int x) { return atomicAdd(p, x); }
+// [fence.acq_rel.gpu] What this thread wrote or saw through barriers before it is seen by a thread that finds, by
+// atomic_add, what this one adds after it, once that thread has passed a fence too.
+__device__ __forceinline__ void memory_fence() { __threadfence(); }
+
 // ---- tensor cores
 
 // [ldmatrix] Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane l

@@ -19,7 +19,8 @@ except ImportError as problem:
 
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _SOFTMAX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_REFUSED = ("seed", "seqlens_k", "page_table")
+_SPLITS, _SPLIT_KEYS = 64, 256  # at 8k keys of 8 heads 256 blocks for 132 SMs; beyond 16k splits grow instead
+_counters = {}  # by device and stream: zeros, and the decode kernel leaves them so
 
 
 @cache
@@ -57,25 +58,41 @@ def attention_op(refuses, launch) -> Op:
             return f"dtype {str(q.dtype)[6:]} is not float16 or bfloat16"
         if max(q.shape[3], v.shape[3]) > 256:
             return f"head dim {max(q.shape[3], v.shape[3])} is more than 256"
-        if max(q.shape[2], k.shape[2]) > 2**30:
-            return f"{max(q.shape[2], k.shape[2])} rows are more than 2**30"
+        if max(q.shape[2], _keys(k, extras)) > 2**30:
+            return f"{max(q.shape[2], _keys(k, extras))} rows are more than 2**30"
         if spec.dropout_p:
             return "dropout is not supported"
         if extras.bias is not None and extras.bias.requires_grad:
             return "the gradient of bias is not supported"
-        return next((f"{name} is not supported" for name in _REFUSED if getattr(extras, name) is not None), None)
+        return None
 
     def forward(q, k, v, spec, extras, need_lse=True):
+        if extras.seqlens_k is not None:
+            return decode(q, k, v, spec, extras, need_lse)
         o = like(q, v.shape[3])
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
         if extras.packed:  # rows that no sequence covers
             o.zero_()
             lse = lse if lse is None else lse.fill_(float("-inf"))
-        if extras.sinks is not None:
-            extras = extras._replace(sinks=extras.sinks.float())
-        if extras.bias is not None:
-            extras = extras._replace(bias=_narrow(extras.bias))
-        launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, extras)
+        launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, _as_kernels_read(extras))
+        return o, lse
+
+    def decode(q, k, v, spec, extras, need_lse=True):
+        B, H, Nq, _ = q.shape
+        rows, Dv = B * H * Nq, v.shape[3]
+        new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
+        o, lse = like(q, Dv), new(B, H, Nq) if need_lse else None
+        splits = min(_SPLITS, -(-_keys(k, extras) // _SPLIT_KEYS))
+        scratch = None, None, None
+        if splits > 1 and rows:
+            tiles = -(-rows // (B * k.shape[1] * 16))
+            scratch = (
+                new(splits, rows, max(-(-Dv // 8) * 8, 8)),
+                new(splits, rows, 2),
+                _zeros(B * k.shape[1] * tiles, q),
+            )
+        tensors = _aligned(q), _aligned(k), _aligned(v), o, lse
+        launch("attention_decode", q, *tensors, *scratch, spec, _as_kernels_read(extras))
         return o, lse
 
     def backward(do, q, k, v, o, lse, delta, spec, extras):
@@ -85,13 +102,12 @@ def attention_op(refuses, launch) -> Op:
         if extras.sinks is not None:
             share = torch.exp(extras.sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
             dsinks = -(share * delta).sum((0, 2)).to(extras.sinks.dtype)
-        if extras.bias is not None:
-            extras = extras._replace(bias=_narrow(extras.bias))
         rows = (_aligned(t) for t in (do, q, k, v))
+        extras = _as_kernels_read(extras._replace(sinks=None))
         launch("attention_backward", q, *rows, lse, delta, dq, dk, dv, spec, extras)
         return Grads(dq, dk, dv, None, dsinks)
 
-    return Op(supports, forward, backward, reference.rowdot)
+    return Op(supports, forward, backward, reference.rowdot, decode)
 
 
 def softmax_op(refuses, launch) -> Op:
@@ -149,6 +165,30 @@ def cross_entropy_op(refuses, launch) -> Op:
         return dx if out is None or out is dx else out.copy_(dx)
 
     return Op(supports, forward, backward)
+
+
+def _keys(k, extras):
+    """The keys that a sequence has room for."""
+    return k.shape[2] * (1 if extras.page_table is None else extras.page_table.shape[1])
+
+
+def _zeros(n, t):
+    """int32 zeros on the tensor's device. A call waits for the one before it on its stream, so they share them; a graph
+    may be replayed on any, so one that is captured has its own, zeroed in it.
+    """
+    new = lambda: torch.zeros(n, dtype=torch.int32, device=t.device)
+    if t.is_cuda and torch.cuda.is_current_stream_capturing():
+        return new()
+    where = t.device, torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
+    if where not in _counters or len(_counters[where]) < n:
+        _counters[where] = new()
+    return _counters[where]
+
+
+def _as_kernels_read(extras):
+    """Sinks in float32, bias in no more."""
+    sinks, bias = extras.sinks, extras.bias
+    return extras._replace(sinks=None if sinks is None else sinks.float(), bias=None if bias is None else _narrow(bias))
 
 
 def _narrow(t):

@@ -98,6 +98,18 @@ __global__ void probe_memory(const __grid_constant__ Probe p) {
   store_128(p.out + 4 * thread_index(), {x.w ^ y.x, x.z ^ y.y, x.y ^ y.z, x.x ^ y.w});
 }
 
+// Each thread adds to a number of its own and to one that 8 threads share.
+__global__ void probe_atomic(const __grid_constant__ Probe p) {
+  const int t = thread_index();
+  int *own = reinterpret_cast<int*>(p.out) + t, *shared = reinterpret_cast<int*>(p.out) + 2 * kThreads + t % 8;
+  *own = p.in[t];
+  if (t < 8) *shared = p.in[kThreads + t];
+  block_barrier();
+  p.out[kThreads + t] = atomic_add(own, p.in[2 * kThreads + t]);
+  atomic_add(shared, p.in[3 * kThreads + t]);
+  memory_fence();
+}
+
 __global__ void probe_exp2(const __grid_constant__ Probe p) {
   for (int i = thread_index(); i < 1024; i += kThreads) p.out[i] = bits(exp2_approx(value(p.in[i])));
 }
@@ -191,6 +203,7 @@ int main() {
   run("cp_async", "bits", probe_cp_async, raw, 8 * kThreads);
   run("exchange", "bits", probe_exchange, raw, 14 * kThreads);
   run("memory_128", "bits", probe_memory, raw, 4 * kThreads);
+  run("atomic_add", "bits", probe_atomic, raw, 2 * kThreads + 8);
   run("exp2_approx", "close", probe_exp2, exponents, 1024);
   run("round_half", "bits", probe_round<half>, edges, 2048);
   run("round_bf16", "bits", probe_round<bf16>, edges, 2048);

@@ -1,9 +1,10 @@
 // The executor of the host model: fibers on one OS thread, and the exchanges between the lanes of a warp.
 //
 // Scheduling is warp-greedy, the most skewed legal order: a warp runs as far as it can before the next one starts. Seed
-// 0 takes warps and lanes in ascending order, 1 descending, 2 warps in random order, 3 and above also leave a warp at
-// random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer each CUDA thread is a fiber it
-// knows, switches order nothing, and barriers are its acquire and release; this file itself is compiled without it.
+// 0 takes blocks, warps and lanes in ascending order, 1 descending, 2 blocks and warps in random order, 3 and above
+// also leave a warp at random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer each CUDA
+// thread is a fiber it knows, switches order nothing, and barriers are its acquire and release; this file itself is
+// compiled without it.
 #include "device.h"
 
 #include <cstdarg>
@@ -84,6 +85,8 @@ struct Lane {
   const void* mine = nullptr;  // what it brings to the collective it waits in
   const char* what = nullptr;
   void* tsan = nullptr;
+  bool fenced = false;         // whether what it did before is ordered before its atomic accesses
+  std::vector<int*> observed;  // by atomic accesses: ordered before what follows its next fence
 };
 
 struct Warp {
@@ -218,17 +221,21 @@ const char* launch(int64_t blocks, int threads, int bytes, const std::function<v
   scheduler_tsan = __tsan_get_current_fiber();
   std::vector<void*> ended;
 #endif
+  std::vector<int64_t> order(blocks);
+  for (int64_t i = 0; i < blocks; i++) order[i] = seed == 1 ? blocks - 1 - i : i;
+  if (seed > 1) std::shuffle(order.begin(), order.end(), draw);
   for (int64_t i = 0; i < blocks && error.empty(); i++) {
     void* shared = nullptr;
     if (posix_memalign(&shared, 1024, std::max(bytes, 1))) return "out of memory";
     std::memset(shared, 0xff, bytes);
     used.push_back(static_cast<char*>(shared));
-    Block b{seed == 1 ? blocks - 1 - i : i, used.back(), bytes, std::vector<Warp>(threads / 32)};
+    Block b{order[i], used.back(), bytes, std::vector<Warp>(threads / 32)};
     block = &b;
     for (int t = 0; t < threads; t++) {
       Lane& l = *lanes[t];
       l.wait = kRuns, l.index = t;
       l.copies.clear(), l.groups.clear();
+      l.fenced = false, l.observed.clear();
       l.context.start(l.stack.get(), entry);
 #ifdef MODEL_TSAN
       l.tsan = __tsan_create_fiber(0);
@@ -319,6 +326,20 @@ void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half) {
     for (int l = 0; l < 32; l++)
       for (int r = 0; r < 4; r++) static_cast<const Mine*>(lanes[l])->c[r] = C[l / 4 + r / 2 * 8][l % 4 * 2 + r % 2];
   });
+}
+
+void fence() {
+  lane->fenced = true;
+#ifdef MODEL_TSAN
+  for (int* p : lane->observed) __tsan_acquire(p);
+#endif
+}
+
+void observe([[maybe_unused]] int* p, [[maybe_unused]] bool before) {
+#ifdef MODEL_TSAN
+  if (before && lane->fenced) __tsan_release(p);
+  if (!before) lane->observed.push_back(p);
+#endif
 }
 
 void cp_async_issue(char* to, const uint32_t (&bytes)[4]) {

@@ -53,6 +53,8 @@ uint32_t exchange(uint32_t mine, const char* what,
                   const std::function<uint32_t(const uint32_t (&)[32], int lane)>& result);
 void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half);
 void gather(uint32_t mine, uint32_t (&all)[32]);
+void fence();
+void observe(int* p, bool before);  // an atomic access: what earlier fences order, and what later ones will
 void cp_async_issue(char* to, const uint32_t (&bytes)[4]);
 void cp_async_commit();
 void cp_async_deliver(int pending, void (*store)(char* to, const uint32_t (&bytes)[4]));
@@ -155,6 +157,15 @@ template <int N>
 void cp_async_wait() {
   model::cp_async_deliver(N, model::store);
 }
+
+inline int atomic_add(int* p, int x) {
+  model::check(p, 4, "atomic_add");
+  model::observe(p, true);
+  const int before = __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+  model::observe(p, false);
+  return before;
+}
+inline void memory_fence() { model::fence(); }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { model::ldmatrix(r, address, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { model::ldmatrix(r, address, true); }

@@ -1,5 +1,5 @@
 // Random problems through the launchers on the host model, against a float64 loop: fuzz
-// attention|backward|softmax|cross_entropy FIRST COUNT [SEED [FAULT [SMALL]]]
+// attention|backward|decode|softmax|cross_entropy FIRST COUNT [SEED [FAULT [SMALL]]]
 //
 // Problem i depends on i and SMALL alone, so one can be run again by its number. Tensors have their exact size on the
 // heap, so that AddressSanitizer sees a step outside. Prints a line for each wrong result, up to the first where a
@@ -251,6 +251,136 @@ int attention(int number, bool small, bool backward) {
   return compare("dq", g.dq, dq, dq_size) || compare("dk", g.dk, dk, dk_size) || compare("dv", g.dv, dv, dv_size);
 }
 
+// Twice on the same counters, the second time in another order of blocks and warps: the same bits.
+int decode(int number, bool small, unsigned seed, int fault) {
+  Heap heap;
+  const Dtype dtype = maybe(2) ? Dtype::kBFloat16 : Dtype::kFloat16;
+  const int dims[] = {64, 128, 64, 32, 16, 40, 59, 80, 96, 111, 160, 256};
+  const int D = dims[draw(0, small ? 1 : 11)], Dv = maybe(5) ? dims[draw(0, small ? 1 : 11)] : D, B = draw(1, 2);
+  const int Hk = draw(1, 2), H = Hk * draw(1, 6), Nq = maybe(2) ? 1 : draw(1, H > 4 ? 4 : 16);
+  const bool paged = maybe(2);
+  const int page = paged ? draw(1, 40) : maybe(12) ? 0 : draw(1, small ? 600 : 900);
+  const int pages = paged ? draw(1, (small ? 600 : 900) / page) : 1, M = page * pages;
+  const int P = paged ? draw(1, 2 * pages) : B;
+  AttentionForward p{};
+  p.q = heap.make(dtype, {B, H, Nq, D}, [] { return 1.4 * normal(); }, maybe(2), 8);
+  p.k = heap.make(dtype, {P, Hk, page, D}, [] { return 1.4 * normal(); }, maybe(2), 8);
+  p.v = heap.make(dtype, {P, Hk, page, Dv}, [] { return 1.4 * normal(); }, maybe(2), 8);
+  p.o = heap.make(dtype, {B, H, Nq, Dv}, [] { return kNan; }, maybe(2));
+  if (!maybe(4)) p.lse = heap.make(Dtype::kFloat32, {B, H, Nq}, [] { return kNan; });
+  const int open = 1 << 30, kind = draw(0, 3);
+  p.spec = {1 / std::sqrt(static_cast<double>(D)), open, kind == 1 ? open : 0, 0, 0};
+  if (kind == 2) p.spec.left = draw(0, 400);
+  if (kind == 3) p.spec.left = draw(-20, 70), p.spec.right = draw(-20, 30);
+  if (maybe(8)) p.spec.scale *= draw(-1, 1);
+  if (maybe(6)) p.spec.softcap = 3;
+  if (maybe(6)) p.extras.alibi_slopes = heap.make(Dtype::kFloat32, {B, H}, [] { return 0.3 * std::fabs(normal()); });
+  if (maybe(4)) p.extras.sinks = heap.make(Dtype::kFloat32, {H}, normal);
+  if (maybe(6)) p.extras.mask = heap.make(Dtype::kBool, {maybe(2) ? B : 1, 1, Nq, M}, [] { return draw(-1, 2); });
+  if (maybe(6)) p.extras.bias = heap.make(maybe(2) ? dtype : Dtype::kFloat32, {H, Nq, M}, normal);
+  if (!maybe(6)) p.extras.seqlens_k = heap.make(Dtype::kInt32, {B}, [=] { return maybe(4) ? M + 30 : draw(-3, M); });
+  if (paged)  // here and there a page that is not there: the nearest one is taken
+    p.extras.page_table =
+        heap.make(Dtype::kInt32, {B, pages}, [=] { return maybe(9) ? draw(-2, P + 2) : draw(0, P - 1); });
+  const auto length = [&](int b) {
+    const int n = p.extras.seqlens_k ? get(p.extras.seqlens_k, b * p.extras.seqlens_k.stride[0]) : M;
+    return std::min(std::max(n, 0), M);
+  };
+  const auto block = [&](int b, int j) {
+    const int n = paged ? at(p.extras.page_table, b, j / page, 0, 0) : b;
+    return std::min(std::max(n, 0), P - 1);
+  };
+  std::vector<bool> counts(P * page);
+  for (int b = 0; b < B; b++)
+    for (int j = 0; j < length(b); j++) counts[block(b, j) * page + (paged ? j % page : j)] = true;
+  for (int i = 0; i < P * page; i++)
+    for (int hk = 0; hk < Hk && !counts[i]; hk++)
+      for (const Tensor* t : {&p.k, &p.v})
+        for (int d = 0; d < t->size[3]; d++)
+          set(*t, i / page * t->stride[0] + hk * t->stride[1] + i % page * t->stride[2] + d, kNan);
+  const int splits = maybe(3) ? draw(1, 6) : (M + 255) / 256, tiles = (H / Hk * Nq + 15) / 16;
+  cuda::AttentionDecode a{p, {}, {}, {}};
+  if (splits > 1) {
+    a.parts = heap.make(Dtype::kFloat32, {splits, B * H * Nq, (Dv + 7) / 8 * 8}, [] { return kNan; });
+    a.sums = heap.make(Dtype::kFloat32, {splits, B * H * Nq, 2}, [] { return kNan; });
+    a.counters = heap.make(Dtype::kInt32, {B * Hk * tiles}, [] { return 0; });
+  }
+  std::vector<double> first;
+  for (int turn = 0; turn < 2; turn++) {
+    llmfast_model(seed ^ turn, fault);
+    const char* error = cuda::attention_decode(a, nullptr);
+    llmfast_model(seed, fault);
+    if (error) {
+      std::printf("decode %d: %s\n", number, error);
+      return 1;
+    }
+    for (int i = 0; splits > 1 && i < B * Hk * tiles; i++)
+      if (get(a.counters, i * a.counters.stride[0]) != 0) {
+        std::printf("decode %d: a counter is left at %g\n", number, get(a.counters, i * a.counters.stride[0]));
+        return 1;
+      }
+    std::vector<double> got;
+    for (int row = 0; row < B * H * Nq; row++) {
+      const int b = row / Nq / H, h = row / Nq % H, i = row % Nq;
+      for (int d = 0; d < Dv; d++) got.push_back(at(p.o, b, h, i, d));
+      if (p.lse) got.push_back(at(p.lse, b, h, i, 0));
+    }
+    if (turn == 0) first = got;
+    for (size_t n = 0; n < got.size(); n++)
+      if (got[n] != first[n]) {  // NaN too
+        std::printf("decode %d: number %zu is %g and then %g\n", number, n, first[n], got[n]);
+        return 1;
+      }
+  }
+  const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  for (int b = 0; b < B; b++)
+    for (int hk = 0; hk < Hk; hk++) {
+      const int nk = length(b);
+      std::vector<double> k, v;
+      for (int j = 0; j < nk; j++) {
+        for (int d = 0; d < D; d++) k.push_back(at(p.k, block(b, j), hk, paged ? j % page : j, d));
+        for (int d = 0; d < Dv; d++) v.push_back(at(p.v, block(b, j), hk, paged ? j % page : j, d));
+      }
+      for (int row = 0; row < H / Hk * Nq; row++) {
+        const int h = hk * (H / Hk) + row / Nq, i = row % Nq;
+        std::vector<double> q, x(nk), o(Dv);
+        for (int d = 0; d < D; d++) q.push_back(at(p.q, b, h, i, d));
+        const double sink = p.extras.sinks ? get(p.extras.sinks, h * p.extras.sinks.stride[0]) : -kInfinity;
+        double m = sink, l = 0, largest = 0;
+        for (int j = 0; j < nk; j++) {
+          double y = 0;
+          for (int d = 0; d < D; d++) y += q[d] * k[j * D + d];
+          y *= p.spec.scale;
+          if (p.spec.softcap) y = p.spec.softcap * std::tanh(y / p.spec.softcap);
+          const int distance = j - i - (nk - Nq);
+          if (p.extras.alibi_slopes) y -= at(p.extras.alibi_slopes, b, h, 0, 0) * std::abs(distance);
+          if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
+          if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
+          if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
+          x[j] = y, m = std::fmax(m, y);
+        }
+        for (int j = 0; j < nk; j++) {
+          const double e = m == -kInfinity ? 0 : std::exp(x[j] - m);
+          l += e;
+          for (int d = 0; d < Dv; d++) o[d] += e * v[j * Dv + d];
+        }
+        if (m != -kInfinity) l += std::exp(sink - m);
+        for (int d = 0; d < Dv; d++) largest = std::fmax(largest, std::fabs(o[d] = l == 0 ? 0 : o[d] / l));
+        for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
+          if (wrong(at(p.o, b, h, i, d), o[d], 4 * eps * (largest + 1))) {
+            std::printf("decode %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d, at(p.o, b, h, i, d), o[d]);
+            return 1;
+          }
+        const double lse = l == 0 ? -kInfinity : m + std::log(l), got = p.lse ? at(p.lse, b, h, i, 0) : lse;
+        if (wrong(got, lse, 1e-5 * (1 + std::fabs(lse)))) {
+          std::printf("decode %d: lse[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, lse);
+          return 1;
+        }
+      }
+    }
+  return 0;
+}
+
 int softmax(int number, bool small) {
   Heap heap;
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
@@ -389,11 +519,15 @@ int main(int count, char** arguments) {
   const char what = count > 1 ? arguments[1][0] : 'a';
   const bool small = argument(6, 0);
   const int fault = argument(5, 0);
-  llmfast_model(argument(4, 0), fault);
+  const unsigned seed = argument(4, 0);
+  llmfast_model(seed, fault);
   int bad = 0;
   for (int i = argument(2, 0); i < argument(2, 0) + argument(3, 1) && !(fault && bad); i++) {
     rng.seed(i + 1);
-    bad += what == 's' ? softmax(i, small) : what == 'c' ? cross_entropy(i, small) : attention(i, small, what == 'b');
+    bad += what == 'd'   ? decode(i, small, seed, fault)
+           : what == 's' ? softmax(i, small)
+           : what == 'c' ? cross_entropy(i, small)
+                         : attention(i, small, what == 'b');
   }
   std::printf("%d wrong of %d\n", bad, argument(3, 1));
   return bad > 0;
