@@ -339,7 +339,7 @@ __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
   }
   block_barrier();
   if (*finished != used) return;
-  if (thread_index() == 0 && FAULT != 65) *counter = 0;
+  if (thread_index() == 0 && FAULT != 65) atomic_add(counter, -used);
   const auto in_order = [&](int k) { return FAULT == 64 ? (split + k) % used : k; };
   each([&](int row, int chunk) {
     float m, l;

@@ -71,7 +71,7 @@ def build(name, main, sanitizer=""):
 def fuzz(sanitizer):
     """The program fuzz.cpp; run(what, first, count, seed, fault, small) returns its exit status and output."""
     path = build(f"fuzz_{sanitizer or 'plain'}", HERE / "fuzz.cpp", sanitizer)
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66"}
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "exitcode=66 halt_on_error=1"}
 
     def run(what, first, count, seed=0, fault=0, small=0):
         command = [str(x) for x in (path, what, first, count, seed, fault, small)]
