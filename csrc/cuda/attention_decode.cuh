@@ -22,7 +22,9 @@ struct AttentionDecodeArgs {
   bool aligned_o, general;
 };
 
-// 64 KiB of ring at most: three blocks on sm_90 keep over 96 KiB on their way, which its memory's delay asks for.
+// 64 KiB of ring at most. Up to head dim 128 three blocks of at most 168 registers a thread, four of 128 at 32, keep
+// over 96 KiB on their way on an SM of sm_90, which its memory's delay asks for. Beyond it acc alone is 96 or 128
+// registers, and two blocks keep 48 or 64 KiB.
 template <int kHeadDim>
 struct DecodeTile {
   using Rows = Tile<kHeadDim, false>;  // layout of a row in shared memory
