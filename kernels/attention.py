@@ -133,7 +133,6 @@ def attention_fwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    RAW: tl.constexpr = not SOFTCAP and extras.bias is None and extras.alibi_slopes is None and D <= BLOCK_D
     CHUNKS: tl.constexpr = (Dv + BLOCK_DV - 1) // BLOCK_DV
     chunk, pid = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     b, h, seq, tile, q0, k0, nq, nk = locate(extras, extras.cu_seqlens_q, Nq, BLOCK_M, pid, tiles, B, H, Nq, Nk)
@@ -144,7 +143,27 @@ def attention_fwd(
     q += b * sq[0] + h * sq[1] + q0 * sq[2]
     k += b * sk[0] + h // GROUP * sk[1] + k0 * sk[2]
     v += b * sv[0] + h // GROUP * sv[1] + k0 * sv[2] + chunk * BLOCK_DV
-    q_tile = load_tile(q, sq[2], m0, nq, BLOCK_M, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
+    acc, lse_row = attend(
+        q, k, v, extras, sq[2], sk[2], sv[2], smask, sbias, sslope, b, seq, h, m0, nq, nk, Dv - chunk * BLOCK_DV,
+        scale, left, right, softcap, threshold, keep_scale,
+        D, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, FLOAT32, SOFTCAP, DROPOUT, PRECISION)
+    o += b * so[0] + h * so[1] + q0 * so[2] + chunk * BLOCK_DV
+    store_tile(o, so[2], m0, nq, BLOCK_M, Dv - chunk * BLOCK_DV, BLOCK_DV, acc)
+    if lse is not None:
+        rows = m0 + tl.arange(0, BLOCK_M)
+        tl.store(lse + (b * H + h) * Nq + q0 + rows, lse_row, mask=rows < tl.where(chunk == 0, nq, 0))
+
+
+@triton.jit
+def attend(
+    q, k, v, extras, sq, sk, sv, smask, sbias, sslope, b, seq, h, m0, nq, nk, Dv,
+    scale, left, right, softcap, threshold, keep_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """o (BLOCK_M, BLOCK_DV) and lse (BLOCK_M,) of the rows from m0 on, float32; q, k, v as load_tile takes them."""
+    RAW: tl.constexpr = not SOFTCAP and extras.bias is None and extras.alibi_slopes is None and D <= BLOCK_D
+    q_tile = load_tile(q, sq, m0, nq, BLOCK_M, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
     unit = 1.0
     if RAW:  # |scale| goes into exp2's multiply-add and its sign into q, so that the maximum is taken before scaling
         q_tile = (q_tile.to(tl.float32) * tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))).to(q_tile.dtype)
@@ -162,8 +181,8 @@ def attention_fwd(
             n0 = t * BLOCK_N
             if EDGE == 1:  # the tiles left and right of the whole ones
                 n0 += tl.where(t < whole, 0, whole_end - whole) * BLOCK_N
-            k_tile = load_tile(k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, EDGE)  # (BLOCK_N, BLOCK_D)
-            s = dot_over_d(q_tile, q, sq[2], m0, nq, BLOCK_M, k_tile, k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, PRECISION)
+            k_tile = load_tile(k, sk, n0, nk, BLOCK_N, D, BLOCK_D, EDGE)  # (BLOCK_N, BLOCK_D)
+            s = dot_over_d(q_tile, q, sq, m0, nq, BLOCK_M, k_tile, k, sk, n0, nk, BLOCK_N, D, BLOCK_D, PRECISION)
             rows, cols = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
             s, _ = scores(s, rows[:, None], cols[None, :], extras, smask, sbias, sslope, b, seq, h, nq, nk,
                           scale, left, right, softcap, SOFTCAP, RAW, EDGE)  # (BLOCK_M, BLOCK_N)
@@ -177,18 +196,13 @@ def attention_fwd(
             l = l * alpha + tl.sum(p, 1)
             if DROPOUT:
                 p = tl.where(keep(extras, threshold, seq, h, m0, n0, BLOCK_M, BLOCK_N), p, 0.0)
-            v_tile = load_tile(v, sv[2], n0, nk, BLOCK_N, Dv - chunk * BLOCK_DV, BLOCK_DV, EDGE)  # (BLOCK_N, BLOCK_DV)
+            v_tile = load_tile(v, sv, n0, nk, BLOCK_N, Dv, BLOCK_DV, EDGE)  # (BLOCK_N, BLOCK_DV)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision=PRECISION)
             m = m_new
     acc *= (keep_scale / tl.where(l == 0, 1.0, l))[:, None]
-    o += b * so[0] + h * so[1] + q0 * so[2] + chunk * BLOCK_DV
-    store_tile(o, so[2], m0, nq, BLOCK_M, Dv - chunk * BLOCK_DV, BLOCK_DV, acc)
-    if lse is not None:
-        rows = m0 + tl.arange(0, BLOCK_M)
-        log_l = tl.log2(tl.where(l == 0, 1.0, l))
-        m = m * unit + log_l * LN2 if FLOAT32 else (m * (unit * LOG2E) + log_l) * LN2  # the maximum as exp2 saw it
-        m = tl.where(l == 0, float("-inf"), m)
-        tl.store(lse + (b * H + h) * Nq + q0 + rows, m, mask=rows < tl.where(chunk == 0, nq, 0))
+    log_l = tl.log2(tl.where(l == 0, 1.0, l))
+    lse = m * unit + log_l * LN2 if FLOAT32 else (m * (unit * LOG2E) + log_l) * LN2  # the maximum as exp2 saw it
+    return acc, tl.where(l == 0, float("-inf"), lse)
 
 
 @triton.jit
@@ -235,13 +249,16 @@ def band_tiles(x0, x1, offset, left, right, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_tile(t, stride, n0, N, BLOCK: tl.constexpr, D, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
-    """(BLOCK, BLOCK_D) from row n0 on, zero outside (N, D)."""
-    n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = t + tl.cast(n0, tl.int64) * stride + (n.to(tl.int64) * stride + d)
-    if EDGE:
-        return tl.load(at, mask=(n < N - n0) & (d < D), other=0.0)
+    """(BLOCK, BLOCK_D) from row n0 on, zero outside (N, D). No stride: t is a TMA descriptor, a batch and a head."""
+    if stride is None:
+        return tl.reshape(t[0].load([t[1], t[2], n0, 0]), [BLOCK, BLOCK_D])
     else:
-        return tl.load(at, mask=d < D, other=0.0)
+        n, d = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_D)[None, :]
+        at = t + tl.cast(n0, tl.int64) * stride + (n.to(tl.int64) * stride + d)
+        if EDGE:
+            return tl.load(at, mask=(n < N - n0) & (d < D), other=0.0)
+        else:
+            return tl.load(at, mask=d < D, other=0.0)
 
 
 @triton.jit

@@ -27,7 +27,7 @@ import torch
 SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "V_MFMA"}
 ARCHS = tuple(SHARED)
-SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
+SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
 ROWS = ("softmax", "cross_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,14 +65,14 @@ class Compiled(NamedTuple):
         )
 
 
-TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_bwd_dkdv", "attention_bwd_dq")
+TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_fwd_tma", "attention_bwd_dkdv", "attention_bwd_dq")
 
 
-def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", *ROWS)) -> Iterator[tuple]:
+def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS)) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem. options: of attention, and
     the operations on rows, which have no head dim.
     """
-    from .kernels import attention, attention_backward, cross_entropy, decode, softmax
+    from .kernels import attention, attention_backward, attention_tma, cross_entropy, decode, softmax
     from .spec import (
         NO_CROSS_ENTROPY_EXTRAS,
         NO_EXTRAS,
@@ -103,6 +103,12 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", *ROWS)) -> Ite
             return decode.forward(
                 q[:, :, :1], k, k, o[:, :, :1], None, spec, Extras(seqlens_k=lengths, page_table=lengths[:, None])
             )
+        if option in ("tma", "everything"):  # what there is of everything
+            few = spec._replace(dropout_p=0.0), Extras(alibi_slopes=extras.alibi_slopes, sinks=extras.sinks)
+            if attention_tma.refuses(q, k, k, *few) is None:
+                attention_tma.forward(q, k, k, o, lse, *few)
+        if option == "tma":
+            return
         attention.forward(q, k, k, o, lse, spec, extras)
         attention_backward.rowdot(o, o, lse)
         attention_backward.backward(o, q, k, k, lse, lse, q, k, k, extras.bias, extras.sinks, spec, extras)
@@ -228,8 +234,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
-    choices = ("causal", "everything", "packed", "decode", *ROWS)
-    parser.add_argument("--option", nargs="+", default=("causal", *ROWS), choices=choices, help="what to compile")
+    choices = ("causal", "tma", "everything", "packed", "decode", *ROWS)
+    parser.add_argument(
+        "--option", nargs="+", default=("causal", "tma", *ROWS), choices=choices, help="what to compile"
+    )
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
     faults = 0

@@ -18,9 +18,11 @@ from llmfast.inspect_kernels import MMA, ROWS, SHARED, TENSOR_CORE, Compiled
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 ROOT = Path(__file__).parent.parent
+TMA = ("sm_90", "sm_100", "sm_120")  # the copy engine's load and store of a tile: UTMALDG, UTMASTG
 SHORT = [
     ("sm_80", 128, "bf16", "causal"),
     ("sm_90", 64, "bf16", "everything"),
+    ("sm_90", 128, "bf16", "tma"),
     ("sm_90", 128, "bf16", "decode"),
     ("sm_80", 0, "bf16", "cross_entropy"),
     ("sm_90", 0, "bf16", "softmax"),
@@ -32,13 +34,14 @@ LONG = [
     for t in ("bf16", "fp32")
     for o in ("causal", "decode", "packed", "everything", *ROWS)
     for d in ((0,) if o in ROWS else (64, 128, 256))
-]
+] + [(a, d, "bf16", "tma") for a in TMA for d in (64, 128, 256)]
 OLDER = [
     ("sm_80", 128, "bf16", "packed"),
     ("sm_90", 64, "bf16", "causal"),
     ("sm_90", 128, "bf16", "everything"),
     ("sm_90", 128, "bf16", "decode"),
     ("sm_90", 256, "bf16", "causal"),
+    *((a, 128, "bf16", "tma") for a in TMA),
     ("sm_100", 128, "bf16", "causal"),
     ("sm_120", 64, "bf16", "causal"),
     ("sm_90", 0, "bf16", "softmax"),
@@ -67,11 +70,17 @@ def compiled(arch, D, dtype, option, folder=None):
 
 def check(found, arch, D, dtype, option):
     assert any(c.kernel.startswith((option,) if option in ROWS else TENSOR_CORE) for c in found)
+    if option == "tma" or (option == "everything" and dtype == "bf16" and arch in TMA):
+        assert any(c.kernel == "attention_fwd_tma" for c in found)
     for c in found:
         assert c.faults() == [], str(c)
         hard = option == "everything" or (dtype == "fp32" and D == 256)
         assert c.spills <= (WITH_OPTIONS if hard else SPILLS.get(c.kernel, 16)), str(c)
-        if c.kernel in ("attention_fwd", "attention_bwd_dq") and dtype != "fp32" and D <= 128:
+        if c.kernel == "attention_fwd_tma":
+            assert c.instructions["UTMALDG"] >= 5, str(c)  # q, and k and v of two loops
+            assert c.instructions["UTMASTG"], str(c)
+            assert c.instructions["LDGSTS"] == 0, str(c)
+        if c.kernel in ("attention_fwd", "attention_fwd_tma", "attention_bwd_dq") and dtype != "fp32" and D <= 128:
             assert c.instructions[MMA[arch]], str(c)
 
 
@@ -156,18 +165,19 @@ def test_new_lengths_and_windows_compile_nothing():
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from llmfast import inspect_kernels
-from llmfast.kernels import attention
+from llmfast.kernels import attention, attention_tma
 from llmfast.spec import NO_EXTRAS, AttentionSpec
 
 driver = inspect_kernels.CompileOnly(GPUTarget("cuda", 90, 32))
 triton.runtime.driver.set_active(driver)
 for N, left, right, p in ((64, 2**30, 0, 0.0), (1, 1, 16, 0.0), (65, 16, -1, 0.0), (4096, 0, 1, 0.0)):
     q = torch.empty(2, 2, N, 64, dtype=torch.bfloat16)
-    attention.forward(q, q, q, q, torch.empty(2, 2, N), AttentionSpec(0.1, left, right), NO_EXTRAS)
-print(len(driver.launched))
+    for kernels in (attention, attention_tma):
+        kernels.forward(q, q, q, q, torch.empty(2, 2, N), AttentionSpec(0.1, left, right), NO_EXTRAS)
+print(*(name for name, *_ in driver.launched))
 """
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout.strip() == "1", done.stdout + done.stderr[-3000:]
+    assert done.stdout.split() == ["attention_fwd", "attention_fwd_tma"], done.stdout + done.stderr[-3000:]

@@ -6,10 +6,11 @@ raises.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -27,6 +28,7 @@ class Op(NamedTuple):
         None  # attention: forward's arguments, for few queries and no gradient; forward serves where it is None
     )
     only_named: Callable | None = None  # supports' arguments: None, or why the backend must be asked for by its name
+    kernel: Callable | None = None  # supports' arguments, grad -> which of its kernels runs, and why not another
     makes_delta: bool = False  # attention: backward takes delta=None where it is rowsum(o * do), one call less
 
 
@@ -36,10 +38,12 @@ class Explanation(NamedTuple):
     operation: str
     chosen: str | None
     reasons: dict[str, str | None]
+    kernels: Mapping[str, str] = MappingProxyType({})  # of the backends that choose among several
 
     def __str__(self) -> str:
         head = f"{self.operation} runs on {self.chosen}" if self.chosen else f"no backend runs this {self.operation}"
-        return "\n".join([head, *(f"  {name}: {why or 'supported'}" for name, why in self.reasons.items())])
+        by = {name: f"supported, by {kernel}" for name, kernel in self.kernels.items()}
+        return "\n".join([head, *(f"  {b}: {why or by.get(b, 'supported')}" for b, why in self.reasons.items())])
 
 
 class Explained(Exception):
@@ -123,9 +127,9 @@ def _explain(operation: str, inputs: tuple, name: str | None, grad: bool) -> Exp
     if name is None and instead.get():
         reasons["reference"] = f"{instead.get()} runs in its place"
     candidates = [name] if name else ORDER
-    return Explanation(
-        operation, next((b for b in candidates if reasons[b] is None), None if name else instead.get()), reasons
-    )
+    chosen = next((b for b in candidates if reasons[b] is None), None if name else instead.get())
+    able = {b: op(operation, b).kernel for b in ORDER if reasons[b] is None}
+    return Explanation(operation, chosen, reasons, {b: kernel(*inputs, grad) for b, kernel in able.items() if kernel})
 
 
 def _warn(operation: str, inputs: tuple, grad: bool) -> None:

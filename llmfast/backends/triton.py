@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
-from ..ops import like
+from ..ops import DECODE_QUERIES, like
 from ..spec import Grads
 from . import Op
 
@@ -58,8 +58,10 @@ def _rows(t):
 def _attention_forward(q, k, v, spec, extras, need_lse=True):
     if extras.seqlens_k is not None:
         return _attention_decode(q, k, v, spec, extras, need_lse)
-    from ..kernels import attention as kernels
+    from ..kernels import attention, attention_tma
 
+    with _on(q):
+        kernels = attention if attention_tma.refuses(q, k, v, spec, extras) else attention_tma
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
@@ -105,7 +107,27 @@ def _rowdot(o, do):
     return delta
 
 
-attention = Op(_attention_supports, _attention_forward, _attention_backward, _rowdot, _attention_decode, _only_named)
+def _attention_kernel(q, k, v, spec, extras, grad):
+    """Which kernel the forward runs, and why not the one for Hopper and later."""
+    few = q.shape[2] <= DECODE_QUERIES and not grad and not extras.packed and not spec.dropout_p
+    if few or extras.seqlens_k is not None:
+        return "attention_decode"
+    from ..kernels import attention_tma
+
+    with _on(q):
+        why_not = attention_tma.refuses(q, k, v, spec, extras)
+    return f"attention_fwd (attention_fwd_tma: {why_not})" if why_not else "attention_fwd_tma"
+
+
+attention = Op(
+    _attention_supports,
+    _attention_forward,
+    _attention_backward,
+    _rowdot,
+    _attention_decode,
+    _only_named,
+    _attention_kernel,
+)
 
 
 def _softmax_supports(x, spec, extras):
