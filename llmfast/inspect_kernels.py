@@ -11,9 +11,11 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
@@ -58,11 +60,19 @@ class Compiled(NamedTuple):
         return found
 
     def __str__(self) -> str:
-        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
-        return (
-            f"{self.kernel:20s} {self.problem:22s} {self.arch:6s} {self.warps:2d} warps {self.registers:3d} registers "
-            f"{self.spills:4d} B spilled {self.shared:6d} B shared  {mix}  {'; '.join(self.faults())}".rstrip()
+        return f"{self.arch} {self.problem}\n{self.lines(10**6)}"
+
+    def lines(self, width: int) -> str:
+        """The figures, and what instructions there are behind them or, where the width ends, below; faults last."""
+        figures = (
+            f"  {self.kernel:22s} {self.warps:2d} warps {self.registers:3d} registers "
+            f"{self.spills:5d} B spilled {self.shared:6d} B shared"
         )
+        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
+        whole = dict(break_long_words=False, break_on_hyphens=False)
+        below = textwrap.TextWrapper(width, initial_indent=" " * 4, subsequent_indent=" " * 4, **whole).wrap
+        rows = [f"{figures}  {mix}"] if len(figures) + 2 + len(mix) <= width else [figures, *below(mix)]
+        return "\n".join([*(row.rstrip() for row in rows), *below("; ".join(self.faults()))])
 
 
 TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_fwd_tma", "attention_bwd_dkdv", "attention_bwd_dq")
@@ -240,9 +250,14 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
-    faults = 0
+    faults, width, heading = 0, shutil.get_terminal_size().columns, None
     for compiled in inspect(chosen.arch, chosen.kernel, dims=chosen.dim, dtypes=chosen.dtype, options=chosen.option):
-        print(json.dumps(compiled) if chosen.json else compiled, flush=True)
+        if chosen.json:
+            print(json.dumps(compiled), flush=True)
+        else:
+            if heading != (heading := f"{compiled.arch} {compiled.problem}"):
+                print(heading)
+            print(compiled.lines(width), flush=True)
         faults += len(compiled.faults())
     sys.exit(faults > 0)
 

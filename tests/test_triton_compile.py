@@ -154,6 +154,22 @@ def test_faults_are_told():
     assert good._replace(problem="fp32 D=64 causal", instructions=Counter(FFMA=9)).faults() == []
 
 
+def test_figures_at_any_width():
+    """Nothing is cut or runs into the next line; where the terminal is wide enough each kernel has one line."""
+    mix = Counter({name: 1000 + i for i, name in enumerate(inspect_kernels.SHOWN)})
+    c = Compiled("attention_decode_merge", "fp16 D=256 everything", "sm_100", 255, 12345, 232449, 32, mix)
+    narrow = c.lines(80)
+    assert all(len(line) <= 80 for line in narrow.splitlines())
+    assert c.lines(10**6).split() == narrow.split()
+    for figure in ("attention_decode_merge 32 warps 255 registers 12345 B spilled 232449 B shared", *c.faults()):
+        assert figure in " ".join(narrow.split())
+    for name, n in mix.items():
+        assert f"{name}:{n}" in narrow.split()
+    plain = c._replace(shared=0, instructions=Counter(HGMMA=16, UTMALDG=9))
+    assert len(plain.lines(120).splitlines()) == 1
+    assert len(plain.lines(80).splitlines()) == 2
+
+
 def test_interpreter_is_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="compiles nothing"):
