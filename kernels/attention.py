@@ -62,8 +62,23 @@ TILES = {
 }
 
 
+TUNED = {}  # (architecture, kernel, size, dtype): what `llmfast tune` measured on this machine, before any table's row
+
+
+def tuned(kernel, size, dtype):
+    """The measured tile of any kernel for this GPU, or None."""
+    return TUNED.get((target(), kernel, size, str(dtype).removeprefix("torch."))) if TUNED else None
+
+
+def row_of(D):
+    """The head dim whose measured row serves D; beyond 256 there is none."""
+    return next((d for d in (64, 128, 256) if d >= D), D)
+
+
 def tile(kernel, D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv or dq."""
+    if found := tuned(kernel, row_of(D), dtype):
+        return found
     arch = target()
     if arch != "interpreter":
         names = (f"{arch} float32", "float32") if dtype == torch.float32 else (arch, "small")

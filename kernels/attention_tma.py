@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention import attend, block_d, numbers, options, strides, target
+from .attention import attend, block_d, numbers, options, row_of, strides, target, tuned
 
 # By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages, programs on an SM. Two stages: a tile's
 # two products take 2000 clocks at a head dim of 128, half of it at 64, and the next tile comes in less.
@@ -40,6 +40,8 @@ L2 = 32 << 20  # bytes of k and v that the programs work on at a time: of the 50
 
 def tile(D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages and programs on an SM."""
+    if found := tuned("fwd_tma", row_of(D), dtype):
+        return found
     rows = TILES[next(name for name in (target(), "small") if name in TILES)]
     return rows[min(d for d in rows if d >= D)]
 

@@ -13,16 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import tanh
+from .attention import tanh, tuned
 from .softmax import row_sum
 
 BLOCK = 8192  # columns at once: 32 a thread at 8 warps, so that programs share an SM and hide each other's loads
 PROGRAMS = 512  # fewer than these leave some of 132 SMs idle: then a long row's blocks go to programs of their own
 
 
-def tile(V):
+def tile(V, dtype):
     """BLOCK_M, BLOCK_N and num_warps, the same for every T; 4096 elements in short rows: a warp's loads are full."""
-    block_n = min(max(16, triton.next_power_of_2(V)), BLOCK)
+    block_n = min(max(16, triton.next_power_of_2(V)), 2 * BLOCK)
+    if found := tuned("cross_entropy", block_n, dtype):
+        return found
+    block_n = min(block_n, BLOCK)
     block_m = max(1, 4096 // block_n)
     return block_m, block_n, block_m * block_n // 1024
 
@@ -32,7 +35,7 @@ def forward(x, target, loss, lse, spec, extras):
     T, V = x.shape
     if T == 0:
         return
-    block_m, block_n, num_warps = tile(V)
+    block_m, block_n, num_warps = tile(V, x.dtype)
     tiles, blocks = triton.cdiv(T, block_m), triton.cdiv(V, block_n)
     split = blocks > 1 and tiles < PROGRAMS
     parts = torch.empty(3, blocks, T, dtype=torch.float32, device=x.device) if split else None
@@ -190,7 +193,7 @@ def backward(dloss, x, target, lse, dx, spec, extras):
     T, V = x.shape
     if x.numel() == 0:
         return
-    block_m, block_n, num_warps = tile(V)
+    block_m, block_n, num_warps = tile(V, x.dtype)
     blocks = triton.cdiv(V, block_n)
     cross_entropy_bwd[(triton.cdiv(T, block_m) * blocks,)](
         dloss, x, target, lse, dx, extras, _total(spec, extras), x.stride(), dx.stride(), dloss.stride(0),

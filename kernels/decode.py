@@ -11,9 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, numbers, options, scores, strides
+from .attention import LOG2E, numbers, options, row_of, scores, strides, tuned
 
 SPLIT = 1024  # keys a program reads: 8k keys make 8 programs a head, and merging costs 1 / 1024 of the reading
+
+
+def tile(D, dtype):
+    """BLOCK_N, num_warps, num_stages."""
+    if found := tuned("decode", row_of(D), dtype):
+        return found
+    block_n = min(max(16, 16384 // (D * dtype.itemsize)), 64)  # 3 stages in 99 KiB, 2 in 64
+    return block_n, 8 if dtype == torch.float32 else 4, 3  # float32 in 4 warps spills 6 KiB at D = 256
 
 
 def forward(q, k, v, o, lse, spec, extras):
@@ -27,6 +35,7 @@ def forward(q, k, v, o, lse, spec, extras):
     rows = H // Hk * Nq
     block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
+    block_n, num_warps, num_stages = tile(max(block_d, block_dv), q.dtype)
     tiles, splits = triton.cdiv(rows, block_m), max(1, triton.cdiv(M, SPLIT))
     parts = torch.empty(splits, B, H, Nq, Dv, dtype=torch.float32, device=q.device)
     logs = torch.empty(splits, B, H, Nq, dtype=torch.float32, device=q.device)
@@ -34,9 +43,7 @@ def forward(q, k, v, o, lse, spec, extras):
         q, k, v, parts, logs, extras, q.stride()[:3], k.stride()[:3], v.stride()[:3], *strides(extras, (B, H, Nq, M)),
         None if table is None else table.stride(), B, H, Nq, M, P, page, tiles, splits, *numbers(spec)[:4],
         D=D, Dv=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, SPLIT=SPLIT,
-        BLOCK_N=min(max(16, 16384 // (max(block_d, block_dv) * k.element_size())), 64),  # 3 stages in 99 KiB, 2 in 64
-        **options(spec, q, k), num_stages=3,
-        num_warps=8 if q.dtype == torch.float32 else 4,  # multiply-adds keep all in registers: 4 spill 6 KiB at D = 256
+        BLOCK_N=block_n, **options(spec, q, k), num_warps=num_warps, num_stages=num_stages,
     )
     attention_decode_merge[(B * H * Nq,)](
         parts, logs, o, lse, extras.sinks, o.stride()[:3], B, H, Nq, splits, Dv=Dv, BLOCK_DV=block_dv, num_warps=1

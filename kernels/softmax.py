@@ -10,15 +10,17 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import target
+from .attention import target, tuned
 
 ONE_BLOCK = 32768  # columns held at once: 32 registers a thread at 32 warps, in float32; 64 at 16 warps spill 24 B
 WIDE_BLOCK = 8192  # columns a step beyond that
 
 
-def tile(M, N, one_block=ONE_BLOCK):
+def tile(kernel, M, N, dtype, one_block=ONE_BLOCK):
     """BLOCK_M, BLOCK_N and num_warps: 4096 elements a program in short rows, so that a warp's loads are full."""
     block_n = max(16, triton.next_power_of_2(N))
+    if found := tuned(kernel, min(block_n, 2 * one_block), dtype):
+        return min(found[0], triton.next_power_of_2(M)), *found[1:]
     if block_n > one_block:
         return 1, WIDE_BLOCK, 8
     block_m = min(max(1, 4096 // block_n), triton.next_power_of_2(M))
@@ -31,7 +33,7 @@ def forward(x, out, spec, extras):
     L0, L1, M, N = x.shape
     if x.numel() == 0:
         return y
-    block_m, block_n, num_warps = tile(M, N)
+    block_m, block_n, num_warps = tile("softmax_fwd", M, N, x.dtype)
     softmax_fwd[(L0 * L1 * triton.cdiv(M, block_m),)](
         x, y, extras, x.stride(), y.stride(), _strides(extras.mask, x), _strides(extras.bias, x),
         L1, M, N, spec.scale, spec.offset,
@@ -123,7 +125,8 @@ def backward(dy, y, spec, extras):
     L0, L1, M, N = y.shape
     if y.numel() == 0:
         return dx, dbias
-    block_m, block_n, num_warps = tile(M, N, ONE_BLOCK // 2)  # y and dy: 32768 columns of both spill
+    # y and dy: 32768 columns of both spill
+    block_m, block_n, num_warps = tile("softmax_bwd", M, N, y.dtype, ONE_BLOCK // 2)
     t = torch.empty(L0, L1, M, device=y.device, dtype=torch.float32) if bias is not None else None
     softmax_bwd[(L0 * L1 * triton.cdiv(M, block_m),)](
         dy, y, dx, t, dy.stride(), y.stride(), dx.stride(),

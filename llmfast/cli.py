@@ -1,5 +1,5 @@
-"""python -m llmfast info | check | inspect | train | generate | classify | translate | answer | chat | evaluate |
-attention-map"""
+"""python -m llmfast info | check | inspect | tune | train | generate | classify | translate | answer | chat |
+evaluate | attention-map"""
 
 import argparse
 import json
@@ -20,6 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     commands.add_parser(
         "inspect", add_help=False, help="registers, spills, shared memory of each Triton kernel on each GPU"
     )
+    commands.add_parser("tune", add_help=False, help="measures the tiles of the Triton kernels on this machine's GPU")
     text.add(commands)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command == "inspect":
@@ -27,6 +28,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         inspect(rest)
         return
+    if chosen.command == "tune":
+        from .tune import main as tune
+
+        sys.exit(tune(rest))
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if hasattr(chosen, "run"):

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib import import_module, metadata
+from pathlib import Path
 
 import torch
 
@@ -44,6 +45,12 @@ def info() -> dict:
         k: v for k, v in sorted(os.environ.items()) if k.startswith(("LLMFAST_", "TRITON_", "OMP_"))
     }
     return found
+
+
+def tiles_path() -> Path:
+    """Where `llmfast tune` keeps its table: under LLMFAST_HOME, or llmfast in XDG_CACHE_HOME or ~/.cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(os.environ.get("LLMFAST_HOME") or Path(cache, "llmfast"), "tiles.json")
 
 
 def _cpu_name():

@@ -154,21 +154,30 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
     """Every kernel that the launchers of `problems(**choice)` would start on these GPUs."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("inspect needs a process without TRITON_INTERPRET: the interpreter compiles nothing")
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     for arch in archs:
-        amd = arch.startswith("gfx")
-        driver = CompileOnly(
-            GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-        )
-        triton.runtime.driver.set_active(driver)
+        driver = driver_for(arch)
         for name, run in problems(**choice):
             driver.forget()
             run()
             for found in driver.launched:
                 if kernel in found[0]:
-                    yield (_read_amd if amd else _read)(*found, name, arch)
+                    yield read(*found, name, arch)
+
+
+def driver_for(arch: str) -> "CompileOnly":
+    """Makes Triton compile for this GPU from now on, and launch nothing."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    target = ("hip", arch, 64) if arch.startswith("gfx") else ("cuda", int(arch.removeprefix("sm_")), 32)
+    driver = CompileOnly(GPUTarget(*target))
+    triton.runtime.driver.set_active(driver)
+    return driver
+
+
+def read(name, binary, metadata, problem, arch) -> Compiled:
+    """What there is to know of a kernel that a CompileOnly driver collected."""
+    return (_read_amd if arch.startswith("gfx") else _read)(name, binary, metadata, problem, arch)
 
 
 class CompileOnly:

@@ -1,11 +1,13 @@
 """Binds kernels/: Triton, on any GPU it knows; CPU tensors only in its interpreter (TRITON_INTERPRET=1), when named."""
 
 import os
+import warnings
 from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
 
+from ..environment import tiles_path
 from ..ops import DECODE_QUERIES, like
 from ..spec import Grads
 from . import Op
@@ -13,6 +15,30 @@ from . import Op
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # Triton decides once, at import
 _MISSING = None if find_spec("triton") else "triton is not installed"
+
+
+def _read_tiles():
+    """What `llmfast tune` measured on this machine, read once: the file, or None where the built-in tables serve."""
+    path = tiles_path()
+    try:
+        if _MISSING or not path.is_file():
+            return None
+        from ..kernels.attention import TUNED
+        from ..tune import read_table
+
+        TUNED.update(read_table(path))
+    except (OSError, ValueError) as problem:
+        warnings.warn(f"{path} is not a table of llmfast tune, the built-in tiles serve: {problem}", stacklevel=2)
+        return None
+    return str(path)
+
+
+_TILES = _read_tiles()
+
+
+def details() -> dict:
+    """What `llmfast info` says of this backend."""
+    return {"tiles": _TILES or "built in"}
 
 
 def available() -> str | None:
