@@ -181,8 +181,10 @@ def attend(
     q_tile = load_tile(q, sq, m0, nq, BLOCK_M, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
     unit = 1.0
     if RAW:  # |scale| goes into exp2's multiply-add and its sign into q, so that the maximum is taken before scaling
-        q_tile = (q_tile.to(tl.float32) * tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))).to(q_tile.dtype)
         unit = tl.where(scale == 0, 1.0, tl.abs(scale))
+        if sq is not None:  # by TMA scale is positive, and q stays in shared memory: D = 256 would spill 112 B on sm_90
+            sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
+            q_tile = (q_tile.to(tl.float32) * sign).to(q_tile.dtype)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running row maximum; m * unit is in natural units
     l = tl.zeros([BLOCK_M], tl.float32)  # running row sum

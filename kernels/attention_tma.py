@@ -20,48 +20,51 @@ from .attention import attend, block_d, numbers, options, row_of, strides, targe
 # two products take 2000 clocks at a head dim of 128, half of it at 64, and the next tile comes in less.
 TILES = {
     "sm_90": {  # two warp groups of 64 rows
-        64: (128, 128, 8, 2, 1),  # 220 registers a thread: a second program finds no room
-        128: (128, 128, 8, 2, 1),  # 161 KiB, 241 registers; attention.py's addresses make it spill 112 B
-        256: (128, 64, 8, 2, 1),  # 192 KiB
+        64: (128, 128, 8, 2, 1),  # 191 registers a thread: a second program finds no room
+        128: (128, 128, 8, 2, 1),  # 193 KiB, 219 registers; attention.py's addresses make it spill 112 B
+        256: (128, 32, 8, 2, 1),  # 192 KiB, of which o takes 64; 64 keys would be 256 KiB
     },
     "sm_100": {
         64: (128, 64, 8, 2, 1),
         128: (128, 64, 8, 2, 1),  # 128 x 128 spills 304 B
         256: (64, 64, 8, 2, 1),
     },
-    "small": {  # 99 KiB: sm_120 and whatever is not listed
+    "small": {  # 99 KiB: sm_120 and whatever is not listed; beyond 128 q fills the registers: 64 x 32 spills 688 B
         64: (128, 64, 8, 2, 1),
         128: (128, 64, 8, 2, 1),
-        256: (64, 32, 8, 2, 1),
     },
 }
 L2 = 32 << 20  # bytes of k and v that the programs work on at a time: of the 50 MB of an H100 or H200
+
+
+def table(arch):
+    """Tiles by largest head dim; none where the GPU has no TMA."""
+    later = arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+    return TILES.get(arch, TILES["small"] if later else {})
 
 
 def tile(D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages and programs on an SM."""
     if found := tuned("fwd_tma", row_of(D), dtype):
         return found
-    rows = TILES[next(name for name in (target(), "small") if name in TILES)]
+    rows = table(target())
     return rows[min(d for d in rows if d >= D)]
-
-
-def has_tma(arch):
-    return arch in TILES or (arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90)
 
 
 def refuses(q, k, v, spec, extras):
     """Why the forward of attention.py runs instead, or None."""
-    if not has_tma(target()):
+    if not (rows := table(target())):
         return f"{target()} has no TMA"
     if q.dtype == torch.float32:
         return "float32 takes no tensor core"
-    if max(q.shape[3], v.shape[3]) > 256:
-        return f"head dim {max(q.shape[3], v.shape[3])} is over 256"
+    if max(q.shape[3], v.shape[3]) > max(rows):
+        return f"head dim {max(q.shape[3], v.shape[3])} is over {max(rows)}"
     if extras.packed:
         return "packed sequences begin where no descriptor does"
     if extras.mask is not None or extras.bias is not None:
         return "tiles of a mask or bias take the shared memory"
+    if not spec.scale > 0:
+        return f"scale {spec.scale} is not positive"
     if spec.dropout_p:
         return "dropout's random words take the registers"
     if 0 in q.shape or 0 in k.shape or 0 in v.shape:

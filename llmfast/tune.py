@@ -338,9 +338,10 @@ def main(arguments: list[str] | None = None) -> int:
         table = read_table(path)
     for name, dtype in product(chosen.kernel, chosen.dtype):
         kernel = KERNELS[name]
-        if dtype not in kernel.dtypes or (name == "fwd_tma" and not attention_tma.has_tma(arch)):
+        sizes = kernel.sizes if name != "fwd_tma" else tuple(attention_tma.table(arch))
+        if dtype not in kernel.dtypes:
             continue
-        for size in (s for s in kernel.sizes if s in (chosen.size or kernel.sizes)):
+        for size in (s for s in sizes if s in (chosen.size or sizes)):
             if not chosen.json:
                 print(f"{name} {size} {dtype} {arch}", flush=True)
             if chosen.dry_run:

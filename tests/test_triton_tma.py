@@ -14,6 +14,7 @@ TAKEN = [
     for name, c in cases.CASES.items()
     if not c.options.keys() & ELSEWHERE
     and c.options.get("layout") != "strided"
+    and c.options.get("scale", 1) > 0
     and not (c.D % 8 or c.Dv % 8)
     and c.B * c.Nq * c.Nk > 0
 ]
@@ -96,6 +97,9 @@ def test_says_why_it_does_not_run(kernels):
         ((x, x, x, spec, Extras(mask=mask)), "mask"),
         ((x, x, x, spec, Extras(bias=mask.to(x.dtype))), "bias"),
         ((x, x, x, spec._replace(dropout_p=0.1), NO_EXTRAS), "dropout"),
+        ((x, x, x, spec._replace(scale=-0.1), NO_EXTRAS), "scale -0.1"),
+        ((x, x, x, spec._replace(scale=0.0), NO_EXTRAS), "scale 0.0"),
+        ((x, x, x, spec._replace(scale=float("nan")), NO_EXTRAS), "scale nan"),
         ((x, x, x, spec, Extras(cu_seqlens_q=mask[0].int(), cu_seqlens_k=mask[0].int())), "packed"),
         ((x, x[:, :, :0], x[:, :, :0], spec, NO_EXTRAS), "empty"),
         ((x, x, x[..., :60], spec, NO_EXTRAS), "60 elements"),
@@ -121,5 +125,10 @@ def test_is_chosen_by_the_gpu(kernels, monkeypatch):
         monkeypatch.setattr(kernels, "target", lambda arch=arch: arch)
         assert explained().kernels["triton"] == said
         assert f"triton: supported, by {said}" in str(explained())
+    wide = x.new_zeros(1, 1, 32, 136)
+    for arch, widest in (("sm_100", 256), ("sm_103", 128), ("sm_120", 128)):
+        monkeypatch.setattr(kernels, "target", lambda arch=arch: arch)
+        said = None if widest >= 136 else f"head dim 136 is over {widest}"
+        assert kernels.refuses(wide, wide, wide, AttentionSpec(0.1), NO_EXTRAS) == said
     few = llmfast.explain(llmfast.attention, x[:, :, :1], x, x, backend="triton")
     assert few.kernels["triton"] == "attention_decode"

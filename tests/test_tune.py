@@ -191,7 +191,7 @@ def listed(*arguments):
     return done.stdout
 
 
-WIDE = ("--arch", "sm_120", "--kernel", "fwd_tma", "--size", "256", "--json")
+WIDE = ("--arch", "sm_120", "--kernel", "fwd_tma", "--size", "128", "--json")
 SHORT = ("--arch", "sm_90", "--kernel", "softmax_fwd", "--size", "65536")
 
 
@@ -210,7 +210,7 @@ def test_lists_candidates_without_a_gpu(arguments):
 @pytest.mark.parametrize("arguments", [pytest.param(WIDE, marks=jobs.job(listed, *WIDE))])
 def test_what_does_not_fit_is_never_timed(arguments):
     rows = [tune.Figures(*json.loads(line)) for line in jobs.result(listed, *arguments).splitlines()]
-    assert len(rows) == 1 + len(KERNELS["fwd_tma"].candidates(256))
+    assert len(rows) == 1 + len(KERNELS["fwd_tma"].candidates(128))
     assert rows[0].tile is None
     assert rows[0].why_not is None
     assert any(r.why_not == "over 101376 B" for r in rows)
