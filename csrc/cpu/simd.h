@@ -159,6 +159,11 @@ LLMFAST_INLINE vec exp2_fraction6(vec f) {
   p = p * f + 6.9314718e-1f;
   return p * f + 1.f;
 }
+LLMFAST_INLINE vec exp2_fine(vec x) {
+  x = max(splat(-127.f), x);
+  vec t = x + 12582912.f;
+  return exp2_fraction6(x - (t - 12582912.f)) * (vec)(((wvec)t << 23) + (127u << 23));
+}
 // The same for a factor known in float64: relative error 8e-8.
 LLMFAST_INLINE vec exp2_fine(vec x, double c) {
   const float high = static_cast<float>(c), low = static_cast<float>(c - high);

@@ -8,11 +8,11 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
-constexpr int64_t kChunk = 4096;
-constexpr int64_t kKept = 1 << 20;     // exponentials that wait for the sum: 4 MiB, less than an L3
-constexpr int64_t kTall = 1024;        // rows of exponentials that wait for the columns' sums: 256 KiB
-constexpr double kFar = 1e30;          // numbers beyond it are not counted in powers of 2, which could overflow
-constexpr int64_t kStream = 16 << 20;  // bytes of a result that no cache holds beside x: written past the caches
+constexpr int64_t kChunk = 256 * kLanes;  // 64 numbers of float32 in a sum of 4 vectors, whatever the lanes
+constexpr int64_t kKept = 1 << 20;        // exponentials that wait for the sum: 4 MiB, less than an L3
+constexpr int64_t kTall = 1024;           // rows of exponentials that wait for the columns' sums: 256 KiB
+constexpr double kFar = 1e30;             // numbers beyond it are not counted in powers of 2, which could overflow
+constexpr int64_t kStream = 16 << 20;     // bytes of a result that no cache holds beside x: written past the caches
 
 // The indices of task t of (.., M1, M2), counted on from a thread's first: a division takes as long as a short row.
 struct Indices {
@@ -196,7 +196,7 @@ LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
   if constexpr (sizeof(T) == 2) {
     return exp2_coarse(z, kBase2<C> ? 1.f : kLog2e);
   } else if constexpr (kBase2<C>) {
-    return exp2(z);
+    return exp2_fine(z);
   } else {
     return exponential<C>(z);
   }
@@ -255,45 +255,55 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
   };
-  C base = 0, l = 0;
+  C base = 0;
+  double l = 0;
   auto last = [&](int64_t e, int64_t end) __attribute__((always_inline)) {  // less than four vectors: the product exact
     const V z = (end - e >= L ? loadu(x + e) : load_part(x + e, end - e)) * c - base;
     return iota<C>() < static_cast<C>(end - e) ? z : none;
   };
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t end = min(j + kChunk, n);
-    C sum, top;
+    double sum;
+    C top;
     auto add = [&]() __attribute__((always_inline)) {
       V most[4] = {none, none, none, none}, sums[4] = {};
-      auto term = [&](int k, V z) __attribute__((always_inline)) {
+      auto term = [&](int k, V z, V& to) __attribute__((always_inline)) {
         most[k] = max(most[k], z);
         const V v = weight<T>(z);
-        sums[k] += v;
+        to += v;
         return v;
       };
       int64_t e = j;
-      for (; e + 4 * L <= end; e += 4 * L) {
-        if constexpr (kPast) LLMFAST_UNROLL  // what comes from memory; from a cache it is slower
-        for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
-        V v[4];
-        four(x + e, v);
-        LLMFAST_UNROLL
-        for (int k = 0; k < 4; k++) v[k] = term(k, v[k] * c - base);
-        LLMFAST_UNROLL
-        for (int k = 0; k < 4; k += 2) {
-          if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);
-          store(buffer + e + k * L, v[k]), store(buffer + e + (k + 1) * L, v[k + 1]);
+      while (e + 4 * L <= end) {
+        V some[4] = {};  // 8 numbers to a lane, so that the largest is rounded as seldom
+        for (const int64_t stop = min(e + 32 * L, end); e + 4 * L <= stop; e += 4 * L) {
+          if constexpr (kPast) LLMFAST_UNROLL  // what comes from memory; from a cache it is slower
+          for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
+          V v[4];
+          four(x + e, v);
+          LLMFAST_UNROLL
+          for (int k = 0; k < 4; k++) v[k] = term(k, v[k] * c - base, some[k]);
+          LLMFAST_UNROLL
+          for (int k = 0; k < 4; k += 2) {
+            if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);
+            store(buffer + e + k * L, v[k]), store(buffer + e + (k + 1) * L, v[k + 1]);
+          }
         }
+        LLMFAST_UNROLL
+        for (int k = 0; k < 4; k++) sums[k] += some[k];
       }
-      for (; e < end; e += L) store(buffer + e, term(0, last(e, end)));
-      sum = static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+      for (; e < end; e += L) store(buffer + e, term(0, last(e, end), sums[0]));
+      sum = kLanes < 16 ? total(sums) : total((sums[0] + sums[1]) + (sums[2] + sums[3]));
       top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     };
-    if (j == 0) {  // nothing to count against yet
-      V first[4];
-      four(x, first);
-      for (V& v : first) v = v * c;
-      base = greatest(max(max(first[0], first[1]), max(first[2], first[3])));
+    if (j == 0) {  // nothing to count against yet: the largest of 256 numbers is near enough to the row's
+      V most[4] = {none, none, none, none}, v[4];
+      for (int64_t e = 0; e < 256 && e + 4 * L <= n; e += 4 * L) {
+        four(x + e, v);
+        LLMFAST_UNROLL
+        for (int k = 0; k < 4; k++) most[k] = max(most[k], v[k] * c);
+      }
+      base = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
       if (!(base > -kFar && base < kFar)) return false;
     }
     add();
@@ -304,13 +314,13 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
     bases[j / kChunk] = base;
     l += sum;
   }
-  const C inverse = 1 / l;
+  const C inverse = static_cast<C>(1 / l), high = static_cast<C>(l), low = static_cast<C>(l - high);
   auto put = [&](int64_t j, auto&& f)
                  __attribute__((always_inline)) { write<kPast, !kPast>(buffer + j, min(kChunk, n - j), y + j, f); };
   if (sizeof(T) > 2 && n <= kChunk) {
     put(0, [&](auto v) {
       auto q = v * inverse;
-      return q + (v - q * l) * inverse;  // the quotient, correctly rounded but for rare ties
+      return q + ((v - q * high) - q * low) * inverse;  // the quotient, correctly rounded but for rare ties
     });
     return true;
   }
