@@ -328,7 +328,7 @@ inline PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
     const py::object y = fresh ? empty_like(args[0]) : py::reinterpret_borrow<py::object>(args[4]);
     const Tensor out = view(y);
     if (out.dtype != x.dtype || out.dim != x.dim || !std::equal(x.size, x.size + x.dim, out.size)) return {};
-    const Softmax p{over(x, dim), over(out, dim), Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
+    const Softmax p{over(x, dim), over(out, dim),    Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
                     kOpen,        args[3] == Py_True};
     if (!side_by_side(p.x, p.y)) return {};
     if (fresh) huge_pages(out);

@@ -1,7 +1,7 @@
 """The CPU kernels for NEON: compiled for aarch64 and run under qemu on the case table, each call between guard pages.
 
-The short tier compiles with -O2, which fuses multiply and add but takes half the time, and runs a seeded sample; the long
-one runs every row, on what setup.py compiles too.
+The short tier compiles with -O2, which fuses multiply and add but takes half the time, and runs a seeded sample; the
+long one runs every row, on what setup.py compiles too.
 """
 
 import random
