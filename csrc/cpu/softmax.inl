@@ -296,9 +296,9 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
       sum = kLanes < 16 ? total(sums) : total((sums[0] + sums[1]) + (sums[2] + sums[3]));
       top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
     };
-    if (j == 0) {  // nothing to count against yet: the largest of 256 numbers is near enough to the row's
+    if (j == 0) {  // nothing to count against yet: the largest of 64 numbers
       V most[4] = {none, none, none, none}, v[4];
-      for (int64_t e = 0; e < 256 && e + 4 * L <= n; e += 4 * L) {
+      for (int64_t e = 0; e < 64 && e + 4 * L <= n; e += 4 * L) {
         four(x + e, v);
         LLMFAST_UNROLL
         for (int k = 0; k < 4; k++) most[k] = max(most[k], v[k] * c);
