@@ -1,7 +1,9 @@
 """Every backend on every row of the case table, against float64 by the rule of llmfast.cases."""
 
+import os
 import random
 from functools import lru_cache
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -48,6 +50,14 @@ def runs(backend):
     """Whether a backend runs here at all: float32 rows are what every one takes."""
     x = torch.zeros(1, 2, device=device_of(backend))
     return backends.op("cross_entropy", backend).supports(x, x[:, 0].long(), None, None) is None
+
+
+def triton_or_skip():
+    """Skips where Triton can run nothing. The machine decides, not the backend: what that refuses is a fault."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU, or the interpreter")
 
 
 def skip(reason, backend):

@@ -6,7 +6,6 @@ whole extension. Results are kept in build/cuda_compile until a source changes.
 
 import hashlib
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -19,6 +18,8 @@ import jobs
 import pytest
 import torch
 from cuda_model import conformance
+
+from llmfast import _cpu
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
@@ -139,11 +140,7 @@ def extension():
     """llmfast._cuda built by setup.py, for the GPUs that it builds for."""
     folder = BUILD / "extension"
     build = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects"]
-    environment = {
-        **os.environ,
-        "LLMFAST_CUDA": "1",
-        "LLMFAST_ISAS": "neon" if platform.machine() in ("aarch64", "arm64") else "baseline",
-    }
+    environment = {**os.environ, "LLMFAST_CUDA": "1", "LLMFAST_ISAS": _cpu.supported().split()[-1]}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return next((folder / "llmfast").glob("_cuda*.so"))

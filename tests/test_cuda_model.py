@@ -74,15 +74,7 @@ def test_cross_entropy_agrees_with_float64(cuda, shape, name, dtype):
 
 @pytest.mark.parametrize(("name", "dtype"), list(rows(test_triton_decode.OPTIONS, ["bf16", "fp16"])))
 def test_decode(cuda, name, dtype):
-    options, lengths = test_triton_decode.OPTIONS[name], torch.tensor(test_triton_decode.LENGTHS, dtype=torch.int32)
-    q, k, v = test_triton_decode.cache(DTYPES[dtype])
-    call = lambda backend, *ts: llmfast.attention_decode(*ts, lengths, **options, return_lse=True, backend=backend)
-    (x64, lse64), (math, lse_math) = call("reference", q.double(), k.double(), v.double()), call("reference", q, k, v)
-    for b, n in enumerate(lengths):
-        k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
-    o, lse = call("cuda", q, k, v)
-    assert cases.breaks("o", o, x64, [math], cases.C_FORWARD, o.dtype, by_head=False) == []
-    assert cases.breaks("lse", lse, lse64, [lse_math], cases.C_FORWARD, torch.float32, by_head=False) == []
+    test_triton_decode.check_against_float64(name, DTYPES[dtype], "cuda")
 
 
 def test_decode_pages_neighbours_and_room_change_no_bit(cuda):
@@ -95,11 +87,8 @@ def test_decode_pages_neighbours_and_room_change_no_bit(cuda):
     for b, n in enumerate(lengths):
         one = (q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], lengths[b : b + 1])
         assert torch.equal(llmfast.attention_decode(*one, backend="cuda"), o[b : b + 1])
-    table = torch.randperm(300, generator=torch.Generator().manual_seed(3)).reshape(3, 100).int()
-    paged = lambda t: torch.empty(300, 2, 15, 40, dtype=t.dtype).index_put(
-        (table.long().flatten(),), t.unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1)
-    )
-    assert torch.equal(llmfast.attention_decode(q, paged(k), paged(v), lengths, page_table=table, backend="cuda"), o)
+    *pages, table = test_triton_decode.in_pages(k, v)
+    assert torch.equal(llmfast.attention_decode(q, *pages, lengths, page_table=table, backend="cuda"), o)
     assert not any(zeros.any() for zeros in backends.cuda._counters.values())
 
 

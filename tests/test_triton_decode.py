@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_attention import DTYPES, device_of
+from test_attention import DTYPES, device_of, triton_or_skip
 
 import llmfast
-from llmfast import backends, cases
+from llmfast import cases
 
 OPTIONS = {
     "plain": {},
@@ -26,33 +26,39 @@ def cache(dtype=torch.float32, M=1500):
     return [torch.randn(3, h, n, 40, generator=g).mul(1.5).to(dtype) for h, n in ((4, 2), (2, M), (2, M))]
 
 
-def skip_unless_it_runs():
-    reason = backends.op("attention", "triton").supports(
-        *(t.to(device_of("triton")) for t in cache()), None, llmfast.Extras()
-    )
-    if reason:
-        pytest.skip(reason)
-
-
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_agrees_with_float64(name, dtype):
-    skip_unless_it_runs()
-    device = device_of("triton")
-    q, k, v = (t.to(device) for t in cache(DTYPES[dtype]))
+def check_against_float64(name, dtype, backend):
+    """What lies beyond a sequence's length holds NaN for the backend."""
+    device = device_of(backend)
+    q, k, v = (t.to(device) for t in cache(dtype))
     options = {n: t.to(device) if isinstance(t, torch.Tensor) else t for n, t in OPTIONS[name].items()}
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
     call = lambda backend, *ts: llmfast.attention_decode(*ts, lengths, **options, return_lse=True, backend=backend)
     (x64, lse64), (math, lse_math) = call("reference", q.double(), k.double(), v.double()), call("reference", q, k, v)
     for b, n in enumerate(LENGTHS):
         k[b, :, n:], v[b, :, n:] = float("nan"), float("nan")
-    o, lse = call("triton", q, k, v)
+    o, lse = call(backend, q, k, v)
     assert cases.breaks("o", o, x64, [math], cases.C_FORWARD, o.dtype, by_head=False) == []
     assert cases.breaks("lse", lse, lse64, [lse_math], cases.C_FORWARD, torch.float32, by_head=False) == []
 
 
+def in_pages(k, v):
+    """The caches of three sequences in pages of 15 keys, in disorder, and their page_table."""
+    table = torch.randperm(300, generator=torch.Generator().manual_seed(3)).reshape(3, 100).int()
+    paged = lambda t: torch.empty(300, 2, 15, 40, dtype=t.dtype).index_put(
+        (table.long().flatten(),), t.cpu().unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1)
+    )
+    return *(paged(t).to(t.device) for t in (k, v)), table.to(k.device)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_agrees_with_float64(name, dtype):
+    triton_or_skip()
+    check_against_float64(name, DTYPES[dtype], "triton")
+
+
 def test_pages_and_neighbours_change_no_bit():
-    skip_unless_it_runs()
+    triton_or_skip()
     device = device_of("triton")
     q, k, v = (t.to(device) for t in cache())
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
@@ -60,18 +66,13 @@ def test_pages_and_neighbours_change_no_bit():
     for b in range(3):
         one = llmfast.attention_decode(*(t[b : b + 1] for t in (q, k, v)), lengths[b : b + 1], backend="triton")
         assert torch.equal(o[b : b + 1], one)
-    table = torch.randperm(300, generator=torch.Generator().manual_seed(3)).reshape(3, 100).to(torch.int32)
-    paged = lambda t: torch.empty(300, 2, 15, 40).index_put(
-        (table.long().flatten(),), t.cpu().unflatten(2, (100, 15)).transpose(1, 2).flatten(0, 1)
-    )
-    pages = [paged(t).to(device) for t in (k, v)]
-    again = llmfast.attention_decode(q, *pages, lengths, page_table=table.to(device), backend="triton")
-    assert torch.equal(o, again)
+    *pages, table = in_pages(k, v)
+    assert torch.equal(o, llmfast.attention_decode(q, *pages, lengths, page_table=table, backend="triton"))
 
 
 def test_many_queries_of_a_large_group():
     """More rows than one tile holds, and a call that has no cache lengths."""
-    skip_unless_it_runs()
+    triton_or_skip()
     g = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, h, n, 24, generator=g, device="cpu").to(device_of("triton"))

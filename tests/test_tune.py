@@ -12,7 +12,7 @@ from pathlib import Path
 import jobs
 import pytest
 import torch
-from test_attention import device_of
+from test_attention import device_of, triton_or_skip
 
 from llmfast import tune
 from llmfast.backends import triton as backend
@@ -131,8 +131,7 @@ def test_every_kernel_is_measured(name, monkeypatch):
         turns.append(list(attention.TUNED.values()))
         return 2.0 if attention.TUNED else 3.0
 
-    if device_of("triton") == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or the interpreter")
+    triton_or_skip()
     args = name, size, tune.DTYPES[dtype], [None, tile], clock
     found = measure(*args, device=device_of("triton"), rounds=3, small=True)
     assert turns == [[], [tile]] * 3
@@ -163,8 +162,7 @@ def test_a_wrong_result_is_told(monkeypatch):
         return found._replace(results=lambda: {n: t + 0.1 for n, t in found.results().items()})
 
     monkeypatch.setattr(tune, "problem", spoiled)
-    if device_of("triton") == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("needs a GPU, or the interpreter")
+    triton_or_skip()
     found = measure("softmax_fwd", 64, torch.float32, [None], lambda run: 1.0, device_of("triton"), 2, small=True)
     assert "y max error" in found[0].wrong[0]
 
