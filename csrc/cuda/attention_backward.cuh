@@ -378,14 +378,11 @@ const char* run_backward(const AttentionBackward& problem, void* stream) {
 // Head dims 64, 128 and 256: fewer kernels to compile; smaller ones are padded with zeros in shared memory only.
 template <class T>
 const char* dispatch_backward(const AttentionBackward& p, void* stream) {
-  const int64_t D = p.q.size[3] > p.v.size[3] ? p.q.size[3] : p.v.size[3];
-  const bool general =
-      p.spec.scale <= 0 || p.spec.softcap != 0 || p.extras.mask || p.extras.bias || p.extras.alibi_slopes;
-  const auto run = [&](auto plain, auto every) { return (general ? every : plain)(p, stream); };
-  if (D <= 64) return run(run_backward<T, 64, false>, run_backward<T, 64, true>);
-  if (D <= 128) return run(run_backward<T, 128, false>, run_backward<T, 128, true>);
-  if (D <= 256) return run(run_backward<T, 256, false>, run_backward<T, 256, true>);
-  return "attention takes head dims up to 256";
+  return with_head_dim<64, 128, 256>(p.q, p.v, [&](auto n) {
+    constexpr int kHeadDim = decltype(n)::value;
+    return is_general(p.spec, p.extras) ? run_backward<T, kHeadDim, true>(p, stream)
+                                        : run_backward<T, kHeadDim, false>(p, stream);
+  });
 }
 
 const char* attention_backward_fp16(const AttentionBackward& problem, void* stream);

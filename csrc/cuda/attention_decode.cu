@@ -13,7 +13,7 @@ const char* run(const AttentionDecode& problem, void* stream) {
   const AttentionForward& p = a.p;
   a.p.extras.mask = four_dimensional(p.extras.mask), a.p.extras.bias = four_dimensional(p.extras.bias);
   a.aligned_o = has_aligned_rows(p.o, sizeof(T)) && p.o.size[3] % 8 == 0;
-  a.general = p.spec.scale <= 0 || p.spec.softcap != 0 || p.extras.mask || p.extras.bias || p.extras.alibi_slopes;
+  a.general = is_general(p.spec, p.extras);
   const int64_t B = p.q.size[0], H = p.q.size[1], Hk = p.k.size[1], Nq = p.q.size[2];
   if (B * H * Nq == 0) return nullptr;
   a.tiles = (H / Hk * Nq + Tile::kRows - 1) / Tile::kRows;
@@ -24,14 +24,8 @@ const char* run(const AttentionDecode& problem, void* stream) {
 
 template <class T>
 const char* dispatch_head_dim(const AttentionDecode& p, void* stream) {
-  const int64_t D = max(p.forward.q.size[3], p.forward.v.size[3]);
-  if (D <= 32) return run<T, 32>(p, stream);
-  if (D <= 64) return run<T, 64>(p, stream);
-  if (D <= 96) return run<T, 96>(p, stream);
-  if (D <= 128) return run<T, 128>(p, stream);
-  if (D <= 192) return run<T, 192>(p, stream);
-  if (D <= 256) return run<T, 256>(p, stream);
-  return "attention takes head dims up to 256";
+  return with_head_dim<32, 64, 96, 128, 192, 256>(p.forward.q, p.forward.v,
+                                                  [&](auto n) { return run<T, decltype(n)::value>(p, stream); });
 }
 
 }  // namespace

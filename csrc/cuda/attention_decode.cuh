@@ -271,19 +271,11 @@ __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
   }
   if (FAULT != 69) block_barrier();
 
-  // A sink is one more key without a value. lse = scale m + log(sum), less what the rounding of m c put into every
-  // term.
   const auto finish = [&](int row, int chunk, Columns8 x, float m, float l) {
     const int h = hk * (H / Hk) + (row0 + row) / Nq, i = (row0 + row) % Nq;
     const float sink = p.extras.sinks.data ? *at<float>(p.extras.sinks, h) : -kInf;
-    const float seen = m * c, absent = sink * kLog2e, top = fmaxf(seen, absent), base = top == -kInf ? 0.f : top;
-    const float alpha = exp2_approx(seen - base), sum = l * alpha + exp2_approx(absent - base);
-    const float inverse = sum == 0.f ? 0.f : alpha / sum;
-    if (p.lse.data && chunk == 0) {
-      const float excess = seen < absent ? fmaf(sink, kLog2e, -base) : fmaf(m, c, -base);
-      const float lse = fmaf(seen < absent ? sink : m, seen < absent ? 1.f : scale, logf(sum) - excess * kLn2);
-      *at<float>(p.lse, b, h, i) = sum == 0.f ? -kInf : lse;
-    }
+    const auto [inverse, lse] = row_end(m, l, sink, c, scale);
+    if (p.lse.data && chunk == 0) *at<float>(p.lse, b, h, i) = lse;
     if (chunk * 8 >= Dv) return;
     T* o = at<T>(p.o, b, h, i, chunk * 8);
     if (a.aligned_o) {

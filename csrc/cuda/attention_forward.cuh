@@ -147,6 +147,20 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
 }
 
 // kGeneral: an option that `adjust` knows, or a scale that is not positive.
+// What a row's acc is multiplied by, and its lse, from its maximum m (c takes it to base-2 units, scale to natural
+// ones) and sum l. A sink is one more key without a value. lse = scale m + log(sum), less what the rounding of m c put
+// into every term of the sum.
+struct RowEnd {
+  float inverse, lse;
+};
+__device__ __forceinline__ RowEnd row_end(float m, float l, float sink, float c, float scale) {
+  const float seen = m * c, absent = sink * kLog2e, top = fmaxf(seen, absent), base = top == -kInf ? 0.f : top;
+  const float alpha = exp2_approx(seen - base), sum = l * alpha + exp2_approx(absent - base);
+  const float excess = seen < absent ? fmaf(sink, kLog2e, -base) : fmaf(m, c, -base);
+  const float lse = fmaf(seen < absent ? sink : m, seen < absent ? 1.f : scale, logf(sum) - excess * kLn2);
+  return {sum == 0.f ? 0.f : alpha / sum, sum == 0.f ? -kInf : lse};
+}
+
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
     attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
@@ -292,8 +306,7 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
       }
   }
 
-  // A sink is one more key without a value. o leaves through the warp's own rows of q's tile, as whole 16-byte chunks.
-  // lse = scale m + log(sum), less what the rounding of m c put into every term of the sum.
+  // o leaves through the warp's own rows of q's tile, as whole 16-byte chunks.
   const float sink = p.extras.sinks.data ? *at<float>(p.extras.sinks, x.h) : -kInf;
 #pragma unroll
   for (int i = 0; i < kMma; i++)
@@ -302,20 +315,13 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
       float sum = l[i][r];
       sum += shuffle_xor(sum, 1);
       sum += shuffle_xor(sum, 2);
-      const float seen = m[i][r] * c, absent = sink * kLog2e, top = fmaxf(seen, absent),
-                  base = top == -kInf ? 0.f : top;
-      const float alpha = exp2_approx(seen - base);
-      sum = sum * alpha + exp2_approx(absent - base);
-      const float inverse = sum == 0.f ? 0.f : alpha / sum;
-      const float excess = seen < absent ? fmaf(sink, kLog2e, -base) : fmaf(m[i][r], c, -base);
-      const float lse = fmaf(seen < absent ? sink : m[i][r], seen < absent ? 1.f : scale, logf(sum) - excess * kLn2);
+      const RowEnd end = row_end(m[i][r], sum, sink, c, scale);
       const int row = warp_row + i * 16 + r * 8 + lane / 4;
-      if (p.lse.data && lane % 4 == 0 && x.m0 + row < x.Nq)
-        *at<float>(p.lse, batch, x.h, x.q0 + x.m0 + row) = sum == 0.f ? -kInf : lse;
+      if (p.lse.data && lane % 4 == 0 && x.m0 + row < x.Nq) *at<float>(p.lse, batch, x.h, x.q0 + x.m0 + row) = end.lse;
 #pragma unroll
       for (int d = 0; d < kHeadDim / 8; d++)
         *reinterpret_cast<uint32_t*>(shared_memory() + Tile::offset(row, d) + lane % 4 * 4) =
-            pack<T>(acc[i][d][r * 2] * inverse, acc[i][d][r * 2 + 1] * inverse);
+            pack<T>(acc[i][d][r * 2] * end.inverse, acc[i][d][r * 2 + 1] * end.inverse);
     }
   if (FAULT != 6) warp_barrier();
   T* o = at<T>(p.o, batch, x.h, x.q0 + x.m0);

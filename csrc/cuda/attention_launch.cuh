@@ -18,23 +18,12 @@ const char* run(const AttentionForward& problem, void* stream) {
                 Tile::kSharedBytes, stream, a);
 }
 
-template <class T, int kHeadDim>
-const char* run(const AttentionForward& p, void* stream) {
-  const bool general =
-      p.spec.scale <= 0 || p.spec.softcap != 0 || p.extras.mask || p.extras.bias || p.extras.alibi_slopes;
-  return general ? run<T, kHeadDim, true>(p, stream) : run<T, kHeadDim, false>(p, stream);
-}
-
 template <class T>
 const char* dispatch_head_dim(const AttentionForward& p, void* stream) {
-  const int64_t D = p.q.size[3] > p.v.size[3] ? p.q.size[3] : p.v.size[3];
-  if (D <= 32) return run<T, 32>(p, stream);
-  if (D <= 64) return run<T, 64>(p, stream);
-  if (D <= 96) return run<T, 96>(p, stream);
-  if (D <= 128) return run<T, 128>(p, stream);
-  if (D <= 192) return run<T, 192>(p, stream);
-  if (D <= 256) return run<T, 256>(p, stream);
-  return "attention takes head dims up to 256";
+  return with_head_dim<32, 64, 96, 128, 192, 256>(p.q, p.v, [&](auto n) {
+    constexpr int kHeadDim = decltype(n)::value;
+    return is_general(p.spec, p.extras) ? run<T, kHeadDim, true>(p, stream) : run<T, kHeadDim, false>(p, stream);
+  });
 }
 
 const char* attention_forward_fp16(const AttentionForward& problem, void* stream);

@@ -1,5 +1,7 @@
 // Tensor views as the kernels read them: 64-bit offsets, broadcast dimensions with stride 0.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 #include "ptx.cuh"
 
@@ -25,6 +27,20 @@ inline bool has_aligned_rows(const Tensor& t, int bytes) {
   int64_t bits = reinterpret_cast<int64_t>(t.data);
   for (int i = 0; i < 3; i++) bits |= t.stride[i] * bytes;
   return bits % 16 == 0;
+}
+
+// Whether scores are more than a positive scale times q k^T within the band.
+inline bool is_general(const AttentionSpec& spec, const Extras& extras) {
+  return spec.scale <= 0 || spec.softcap != 0 || extras.mask || extras.bias || extras.alibi_slopes;
+}
+
+// f of the first of kHeadDims, in ascending order, that holds D and Dv; or why there is none.
+template <int... kHeadDims, class F>
+const char* with_head_dim(const Tensor& q, const Tensor& v, F&& f) {
+  const int64_t D = q.size[3] > v.size[3] ? q.size[3] : v.size[3];
+  const char* result = "attention takes head dims up to 256";
+  (void)((D <= kHeadDims && (result = f(std::integral_constant<int, kHeadDims>{}), true)) || ...);
+  return result;
 }
 
 template <class T>

@@ -108,6 +108,59 @@ bool wrong(double got, double want, double allowed) {
   return std::fabs(got - want) > allowed;
 }
 
+// One row of attention in float64: scores, the derivative of the softcap, o and lse.
+struct Row {
+  std::vector<double> x, derivative, o;
+  double lse;
+};
+
+// Whether query i of nq of sequence b and head h, which lies at (batch, h, n), has the o and lse of float64 over nk
+// keys; key(j, d) and value(j, d) are theirs.
+template <class Key, class Value>
+bool agrees(const char* what, int number, const AttentionForward& p, int b, int h, int i, int nq, int nk, int batch,
+            int n, Key key, Value value, Row& row) {
+  const int D = p.q.size[3], Dv = p.v.size[3];
+  const Tensor &slopes = p.extras.alibi_slopes, &sinks = p.extras.sinks;
+  row = {std::vector<double>(nk), std::vector<double>(nk, 1.0), std::vector<double>(Dv), 0};
+  std::vector<double> q;
+  for (int d = 0; d < D; d++) q.push_back(at(p.q, batch, h, n, d));
+  const double sink = sinks ? get(sinks, h * sinks.stride[0]) : -kInfinity;
+  double m = sink, l = 0, largest = 0;
+  for (int j = 0; j < nk; j++) {
+    double y = 0;
+    for (int d = 0; d < D; d++) y += q[d] * key(j, d);
+    y *= p.spec.scale;
+    if (p.spec.softcap) {
+      const double t = std::tanh(y / p.spec.softcap);
+      y = p.spec.softcap * t, row.derivative[j] = 1 - t * t;
+    }
+    const int distance = j - i - (nk - nq);
+    if (slopes) y -= (slopes.dim == 2 ? at(slopes, b, h, 0, 0) : at(slopes, h, 0, 0, 0)) * std::abs(distance);
+    if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
+    if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
+    if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
+    row.x[j] = y, m = std::fmax(m, y);
+  }
+  for (int j = 0; j < nk; j++) {
+    const double e = m == -kInfinity ? 0 : std::exp(row.x[j] - m);
+    l += e;
+    for (int d = 0; d < Dv; d++) row.o[d] += e * value(j, d);
+  }
+  if (m != -kInfinity) l += std::exp(sink - m);
+  for (double& o : row.o) largest = std::fmax(largest, std::fabs(o = l == 0 ? 0 : o / l));
+  const double eps = p.q.dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
+    if (const double got = at(p.o, batch, h, n, d); wrong(got, row.o[d], 4 * eps * (largest + 1))) {
+      std::printf("%s %d: o[%d][%d][%d][%d] is %g, not %g\n", what, number, b, h, i, d, got, row.o[d]);
+      return false;
+    }
+  row.lse = l == 0 ? -kInfinity : m + std::log(l);
+  const double got = p.lse ? at(p.lse, batch, h, n, 0) : row.lse;
+  if (!wrong(got, row.lse, 1e-5 * (1 + std::fabs(row.lse)))) return true;
+  std::printf("%s %d: lse[%d][%d][%d] is %g, not %g\n", what, number, b, h, i, got, row.lse);
+  return false;
+}
+
 int attention(int number, bool small, bool backward) {
   Heap heap;
   const Dtype dtype = maybe(2) ? Dtype::kBFloat16 : Dtype::kFloat16;
@@ -161,58 +214,24 @@ int attention(int number, bool small, bool backward) {
                 nk = starts[1][s + 1] - k0;
       const int row = packed ? 0 : b, hk = h / (H / Hk);
       for (int i = 0; i < nq; i++) {
-        std::vector<double> x(nk), o(Dv), derivative(nk, 1.0);
-        const double sink = p.extras.sinks ? get(p.extras.sinks, h * p.extras.sinks.stride[0]) : -kInfinity;
-        double m = sink, l = 0, largest = 0;
-        for (int j = 0; j < nk; j++) {
-          double y = 0;
-          for (int d = 0; d < D; d++) y += at(p.q, row, h, q0 + i, d) * at(p.k, row, hk, k0 + j, d);
-          y *= p.spec.scale;
-          if (p.spec.softcap) {
-            const double t = std::tanh(y / p.spec.softcap);
-            y = p.spec.softcap * t, derivative[j] = 1 - t * t;
-          }
-          const int distance = j - i - (nk - nq);
-          if (p.extras.alibi_slopes)
-            y -= get(p.extras.alibi_slopes, h * p.extras.alibi_slopes.stride[0]) * std::abs(distance);
-          if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
-          if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
-          if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
-          x[j] = y, m = std::fmax(m, y);
-        }
-        for (int j = 0; j < nk; j++) {
-          const double e = m == -kInfinity ? 0 : std::exp(x[j] - m);
-          l += e;
-          for (int d = 0; d < Dv; d++) o[d] += e * at(p.v, row, hk, k0 + j, d);
-        }
-        if (m != -kInfinity) l += std::exp(sink - m);
-        for (int d = 0; d < Dv; d++) largest = std::fmax(largest, std::fabs(o[d] = l == 0 ? 0 : o[d] / l));
-        for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
-          if (wrong(at(p.o, row, h, q0 + i, d), o[d], 4 * eps * (largest + 1))) {
-            std::printf("attention %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d,
-                        at(p.o, row, h, q0 + i, d), o[d]);
-            return 1;
-          }
-        const double lse = l == 0 ? -kInfinity : m + std::log(l);
-        const double got = p.lse ? at(p.lse, row, h, q0 + i, 0) : lse;
-        if (wrong(got, lse, 1e-5 * (1 + std::fabs(lse)))) {
-          std::printf("attention %d: lse[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, lse);
-          return 1;
-        }
+        const auto key = [&](int j, int d) { return at(p.k, row, hk, k0 + j, d); };
+        const auto value = [&](int j, int d) { return at(p.v, row, hk, k0 + j, d); };
+        Row r;
+        if (!agrees("attention", number, p, b, h, i, nq, nk, row, q0 + i, key, value, r)) return 1;
         if (!backward) continue;
         double sum = 0;
-        for (int d = 0; d < Dv; d++) sum += o[d] * at(dout, row, h, q0 + i, d);
+        for (int d = 0; d < Dv; d++) sum += r.o[d] * at(dout, row, h, q0 + i, d);
         set(delta, row * delta.stride[0] + h * delta.stride[1] + (q0 + i) * delta.stride[2], sum);
-        for (int j = 0; j < nk && l != 0; j++) {
-          const double weight = std::exp(x[j] - lse);
+        for (int j = 0; j < nk && r.lse != -kInfinity; j++) {
+          const double weight = std::exp(r.x[j] - r.lse);
           double dp = 0;
-          for (int d = 0; d < Dv; d++) dp += at(dout, row, h, q0 + i, d) * at(p.v, row, hk, k0 + j, d);
-          const double ds = weight * (dp - sum) * derivative[j] * p.spec.scale,
+          for (int d = 0; d < Dv; d++) dp += at(dout, row, h, q0 + i, d) * value(j, d);
+          const double ds = weight * (dp - sum) * r.derivative[j] * p.spec.scale,
                        size = weight * (std::fabs(dp) + std::fabs(sum)) * std::fabs(p.spec.scale);
           const int64_t qi = (static_cast<int64_t>(row) * H + h) * Nq + q0 + i,
                         kj = (static_cast<int64_t>(row) * Hk + hk) * Nk + k0 + j;
           for (int d = 0; d < D; d++) {
-            const double kd = at(p.k, row, hk, k0 + j, d), qd = at(p.q, row, h, q0 + i, d);
+            const double kd = key(j, d), qd = at(p.q, row, h, q0 + i, d);
             dq[qi * D + d] += ds * kd, dq_size[qi * D + d] += size * std::fabs(kd);
             dk[kj * D + d] += ds * qd, dk_size[kj * D + d] += size * std::fabs(qd);
           }
@@ -332,52 +351,15 @@ int decode(int number, bool small, unsigned seed, int fault) {
         return 1;
       }
   }
-  const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : 0x1p-11;
+  Row r;
   for (int b = 0; b < B; b++)
-    for (int hk = 0; hk < Hk; hk++) {
-      const int nk = length(b);
-      std::vector<double> k, v;
-      for (int j = 0; j < nk; j++) {
-        for (int d = 0; d < D; d++) k.push_back(at(p.k, block(b, j), hk, paged ? j % page : j, d));
-        for (int d = 0; d < Dv; d++) v.push_back(at(p.v, block(b, j), hk, paged ? j % page : j, d));
+    for (int h = 0; h < H; h++)
+      for (int i = 0; i < Nq; i++) {
+        const auto of = [&](const Tensor& t) {
+          return [&](int j, int d) { return at(t, block(b, j), h / (H / Hk), paged ? j % page : j, d); };
+        };
+        if (!agrees("decode", number, p, b, h, i, Nq, length(b), b, i, of(p.k), of(p.v), r)) return 1;
       }
-      for (int row = 0; row < H / Hk * Nq; row++) {
-        const int h = hk * (H / Hk) + row / Nq, i = row % Nq;
-        std::vector<double> q, x(nk), o(Dv);
-        for (int d = 0; d < D; d++) q.push_back(at(p.q, b, h, i, d));
-        const double sink = p.extras.sinks ? get(p.extras.sinks, h * p.extras.sinks.stride[0]) : -kInfinity;
-        double m = sink, l = 0, largest = 0;
-        for (int j = 0; j < nk; j++) {
-          double y = 0;
-          for (int d = 0; d < D; d++) y += q[d] * k[j * D + d];
-          y *= p.spec.scale;
-          if (p.spec.softcap) y = p.spec.softcap * std::tanh(y / p.spec.softcap);
-          const int distance = j - i - (nk - Nq);
-          if (p.extras.alibi_slopes) y -= at(p.extras.alibi_slopes, b, h, 0, 0) * std::abs(distance);
-          if (p.extras.bias) y += at(cuda::four_dimensional(p.extras.bias), b, h, i, j);
-          if (p.extras.mask && !at(p.extras.mask, b, h, i, j)) y = -kInfinity;
-          if (distance < -p.spec.left || distance > p.spec.right) y = -kInfinity;
-          x[j] = y, m = std::fmax(m, y);
-        }
-        for (int j = 0; j < nk; j++) {
-          const double e = m == -kInfinity ? 0 : std::exp(x[j] - m);
-          l += e;
-          for (int d = 0; d < Dv; d++) o[d] += e * v[j * Dv + d];
-        }
-        if (m != -kInfinity) l += std::exp(sink - m);
-        for (int d = 0; d < Dv; d++) largest = std::fmax(largest, std::fabs(o[d] = l == 0 ? 0 : o[d] / l));
-        for (int d = 0; d < Dv; d++)  // p and o are each rounded once to the dtype
-          if (wrong(at(p.o, b, h, i, d), o[d], 4 * eps * (largest + 1))) {
-            std::printf("decode %d: o[%d][%d][%d][%d] is %g, not %g\n", number, b, h, i, d, at(p.o, b, h, i, d), o[d]);
-            return 1;
-          }
-        const double lse = l == 0 ? -kInfinity : m + std::log(l), got = p.lse ? at(p.lse, b, h, i, 0) : lse;
-        if (wrong(got, lse, 1e-5 * (1 + std::fabs(lse)))) {
-          std::printf("decode %d: lse[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, lse);
-          return 1;
-        }
-      }
-    }
   return 0;
 }
 
