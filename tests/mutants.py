@@ -69,7 +69,7 @@ MUTANTS = [Mutant(*row) for row in [
     (FWD, "store_part(to, r[i], x.Dv - d);", "storeu(to, r[i]);", "a ragged head dim writes into the next row"),
     (FWD, "i0 + nq + offset + a.spec.right)", "i0 + nq - 1 + offset + a.spec.right)", "the last visible key is lost"),
     (FWD, "kv.k + (j - begin) * kv.sk", "kv.k", "a block that starts within the staged keys reads the first of them"),
-    (FWD, "kv.v + (j - begin) / kPer * kv.sv", "kv.v", "a block that starts within the staged keys takes other values"),
+    (FWD, "kv.v + (j - begin) / kPer<T> * kv.sv", "kv.v", "a block that starts within the staged keys takes other values"),
     (FWD, "from = min(from, x.first()), to = max(to, x.end())", "from = x.first(), to = x.end()", "only the last block's keys are staged"),
     (FWD, "hk * group + (first + t) % group", "hk * group + t % group", "a task that begins within a group takes the wrong heads"),
     (FWD, "clamp(high / L + 1, v0[t], used)", "clamp(high / L, v0[t], used)", "a window's last vector is skipped"),

@@ -40,7 +40,6 @@ template <class T>
 void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t group, int64_t j0, int64_t j1,
           bool adjusts, Workspace<T>& w, const Gradient<compute<T>>& dq) {
   using C = compute<T>;
-  constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], offset = s.Nk - s.Nq;
   const C scale = static_cast<C>(a.spec.scale);
   auto at = [&](const Tensor& t, int64_t head, int64_t row) {
@@ -53,9 +52,9 @@ void keys(const AttentionBackward& a, const Sequence& s, int64_t hk, int64_t gro
       KeyBlock<T>& k = w.keys[b];
       k.j0 = j0 + b * kBlock, k.nk = min<int64_t>(kBlock, next - k.j0);
       k.rows = stage<T>(at(a.k, hk, s.k0 + k.j0), a.k.stride[2], k.nk, D, k.copy, k.pairs);
-      transpose_rows(k.rows, k.nk, (D + kPer - 1) / kPer, k.kt);
+      transpose_rows(k.rows, k.nk, (D + kPer<T> - 1) / kPer<T>, k.kt);
       transpose_rows(stage<T>(at(a.v, hk, s.k0 + k.j0), a.v.stride[2], k.nk, Dv, w.do_copy, nullptr), k.nk,
-                     (Dv + kPer - 1) / kPer, k.vt);
+                     (Dv + kPer<T> - 1) / kPer<T>, k.vt);
       memset(k.dk, 0, k.nk * wide(D) * sizeof(C)), memset(k.dv, 0, k.nk * wide(Dv) * sizeof(C));
     }
     const Range rows = queries(a.spec, s, j0, next);

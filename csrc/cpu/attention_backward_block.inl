@@ -410,14 +410,13 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
            const KeyBlock<T>& k, bool adjusts, compute<T>* dq, int64_t sdq) {
   using C = compute<T>;
   using U = unit<T>;
-  constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = x.a.q.size[3], Dv = x.a.v.size[3];
   Run runs[kStrips];
   const int count = runs_of(x, runs);
   bool edge = false;
   for (int t = 0; t < count; t++) edge |= runs[t].edge;
   if (edge) band(x, w);
-  const int64_t units = (D + kPer - 1) / kPer, units_v = (Dv + kPer - 1) / kPer, step = chunk<C>(x.seq.Nq);
+  const int64_t units = (D + kPer<T> - 1) / kPer<T>, units_v = (Dv + kPer<T> - 1) / kPer<T>, step = chunk<C>(x.seq.Nq);
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
     if (!adjusts && units <= step && D <= 64 && Dv <= 64) {  // K^T and V^T fit L1 together, and P stays there
@@ -457,7 +456,8 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
     for (u = c + 1; u < strips && begin[u] == begin[c] && end[u] == end[c];) u++;
     if (end[c] <= begin[c]) continue;
     const int64_t j = c * kStrip, keys = min<int64_t>(u * kStrip, x.nk) - j;
-    const int64_t from = begin[c] / kPer, n = (end[c] + kPer - 1) / kPer - from, skip = (from * kBlock + j) * sizeof(U);
+    const int64_t from = begin[c] / kPer<T>, n = (end[c] + kPer<T> - 1) / kPer<T> - from,
+                  skip = (from * kBlock + j) * sizeof(U);
     add_product(k.dv + j * wide(Dv), wide(Dv), keys, Dv, pc + skip, sizeof(U), kBlock * sizeof(U),
                 dos.units + from * dos.units_stride, dos.units_stride, n);
     add_product(k.dk + j * wide(D), wide(D), keys, D, sc + skip, sizeof(U), kBlock * sizeof(U),
@@ -467,7 +467,7 @@ void block(const Block<T>& x, Workspace<T>& w, const Staged<unit<T>>& qs, const 
   const int64_t row_bytes = kBlock * (kPairs<T> ? 2 : sizeof(C));
   for (int t = 0; t < count; t++) {
     const Run& run = runs[t];
-    const int64_t from = run.c0 * kStrip / kPer, to = (min<int64_t>(run.c1 * kStrip, x.nk) + kPer - 1) / kPer;
+    const int64_t from = run.c0 * kStrip / kPer<T>, to = (min<int64_t>(run.c1 * kStrip, x.nk) + kPer<T> - 1) / kPer<T>;
     add_product(dq + run.r0 * sdq, sdq, run.r1 - run.r0, D, rows + run.r0 * row_bytes + from * int64_t(sizeof(U)),
                 row_bytes, sizeof(U), k.rows.units + from * k.rows.units_stride, k.rows.units_stride, to - from);
   }

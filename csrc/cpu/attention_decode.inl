@@ -64,7 +64,7 @@ template <int R, int J, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t j, int64_t n) {
   using C = compute<T>;
   using S = stored<T>;
-  constexpr int L = kLanesOf<C>, K = L / R, kStep = K * (kPairs<T> ? 2 : 1), kLine = 64 / sizeof(T);
+  constexpr int L = kLanesOf<C>, K = L / R, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
   vec_of<C> acc[J];
   const S* k[J];
   const T* v[J];
@@ -113,20 +113,20 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
 template <int R, int Z, bool kPart, class T>
 LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int64_t d, compute<T>* acc) {
   using C = compute<T>;
-  constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1, kStep = L * kPer;
-  vec_of<C> a[R][Z * kPer];
+  constexpr int L = kLanesOf<C>, kStep = L * kPer<T>;
+  vec_of<C> a[R][Z * kPer<T>];
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
-  for (int z = 0; z < Z * kPer; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
-  for (int64_t j = 0; j < n; j += kPer) {
-    decltype(load(w.q)) v[Z * kPer];
+  for (int z = 0; z < Z * kPer<T>; z++) a[r][z] = load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r]);
+  for (int64_t j = 0; j < n; j += kPer<T>) {
+    decltype(load(w.q)) v[Z * kPer<T>];
     LLMFAST_UNROLL
-    for (int y = 0; y < kPer; y++) LLMFAST_UNROLL
+    for (int y = 0; y < kPer<T>; y++) LLMFAST_UNROLL
     for (int z = 0; z < Z * kStep; z += 64 / sizeof(T)) __builtin_prefetch(w.next[j + y] + d + z, 0, 2);
     LLMFAST_UNROLL
     for (int z = 0; z < Z; z++) {
       const int64_t at = d + z * kStep;
-      v[z * kPer] = units<T, kPart>(w.v[j] + at, x.Dv - at);
+      v[z * kPer<T>] = units<T, kPart>(w.v[j] + at, x.Dv - at);
       if constexpr (kPairs<T>) {
         ivec odd = j + 1 < n ? units<T, kPart>(w.v[j + 1] + at, x.Dv - at) : ivec{};
         interleave(v[z * 2], odd, v[z * 2], v[z * 2 + 1]);
@@ -134,20 +134,23 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
     }
     LLMFAST_UNROLL
     for (int r = 0; r < R; r++) {
-      auto p = splat(read<unit<T>>(reinterpret_cast<const char*>(w.s + r * kBlock), j / kPer));
+      auto p = splat(read<unit<T>>(reinterpret_cast<const char*>(w.s + r * kBlock), j / kPer<T>));
       LLMFAST_UNROLL
-      for (int z = 0; z < Z * kPer; z++) a[r][z] = product(a[r][z], p, v[z]);
+      for (int z = 0; z < Z * kPer<T>; z++) a[r][z] = product(a[r][z], p, v[z]);
     }
   }
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
-  for (int z = 0; z < Z * kPer; z++) store(acc + r * x.wideDv + d + z * L, a[r][z]);
+  for (int z = 0; z < Z * kPer<T>; z++) store(acc + r * x.wideDv + d + z * L, a[r][z]);
 }
 
 template <int R, class T>
 LLMFAST_INLINE void accumulate_row(const Task<T>& x, Workspace<T>& w, int64_t n, compute<T>* acc) {
-  constexpr int kPer = kPairs<T> ? 2 : 1, kStep = kLanesOf<compute<T>> * kPer;
-  constexpr int kFit = kRegisters / 2 / R / kPer, kMost = 4 / kPer, Z = kFit < 1 ? 1 : kFit > kMost ? kMost : kFit;
+  constexpr int kStep = kLanesOf<compute<T>> * kPer<T>;
+  constexpr int kFit = kRegisters / 2 / R / kPer<T>, kMost = 4 / kPer<T>,
+                Z = kFit < 1       ? 1
+                    : kFit > kMost ? kMost
+                                   : kFit;
   int64_t d = 0;
   for (; d + Z * kStep <= x.Dv; d += Z * kStep) accumulate<R, Z, false>(x, w, n, d, acc);
   for (; d + kStep <= x.Dv; d += kStep) accumulate<R, 1, false>(x, w, n, d, acc);
@@ -250,7 +253,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
 template <int R, class T>
 void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
   constexpr int L = kLanesOf<compute<T>>, kFew = L / R > kDots / 2 ? L / R : kDots / 2;
-  const unit<T>* const q = w.q + row * x.wideD / (kPairs<T> ? 2 : 1);
+  const unit<T>* const q = w.q + row * x.wideD / kPer<T>;
   int64_t j = 0;
   for (; n - j > kFew; j += kDots) scores<R, kDots>(x, w, q, j, n);
   if (j < n) scores<R, kFew>(x, w, q, j, n);
@@ -280,15 +283,14 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
   if (first >= end) return;
   memset(p.acc, 0, rows * x.wideDv * sizeof(C));
   memset(w.l, 0, rows * L * sizeof(C));
-  memset(w.q, 0, rows * x.wideD / (kPairs<T> ? 2 : 1) * sizeof(unit<T>));
-  constexpr int kPer = kPairs<T> ? 2 : 1;
+  memset(w.q, 0, rows * x.wideD / kPer<T> * sizeof(unit<T>));
   in_groups<L>(rows, [&](int64_t row, auto R) {
     for (int r = 0; r < R; r++) {
       const int64_t h = x.kv_head * x.group + (row + r) / x.seq.Nq, i = (row + r) % x.seq.Nq;
       const Tensor& t = x.a.q;
       const T* q = reinterpret_cast<const T*>(t.data) + x.seq.batch * t.stride[0] + h * t.stride[1] + i * t.stride[2];
-      constexpr int K = L / R * kPer;
-      stored<T>* const to = reinterpret_cast<stored<T>*>(w.q + row * x.wideD / kPer) + r * K;
+      constexpr int K = L / R * kPer<T>;
+      stored<T>* const to = reinterpret_cast<stored<T>*>(w.q + row * x.wideD / kPer<T>) + r * K;
       for (int64_t d = 0; d < x.D; d++) {
         if constexpr (kPairs<T>) {
           to[d / K * K * R + d % K] = q[d];

@@ -152,7 +152,7 @@ template <class T>
 void transpose_q(const Block<T>& x) {
   using U = unit<T>;
   using V = decltype(load(x.qt));
-  constexpr int L = sizeof(V) / sizeof(U), kStep = L * (kPairs<T> ? 2 : 1);
+  constexpr int L = sizeof(V) / sizeof(U), kStep = L * kPer<T>;
   const bool negative = x.a.spec.scale < 0;
   const Tensor& from = x.a.q;
   const T* const rows = reinterpret_cast<const T*>(from.data) + x.seq.batch * from.stride[0] + x.h * from.stride[1] +
@@ -466,7 +466,7 @@ template <class T>
 void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, int64_t n, compute<T> c) {
   using C = compute<T>;
   using U = unit<T>;
-  constexpr int L = kLanesOf<C>, kPer = kPairs<T> ? 2 : 1;  // keys or head dims in a unit
+  constexpr int L = kLanesOf<C>;
   const AttentionSpec& spec = x.a.spec;
   const int used = static_cast<int>((x.nq + L - 1) / L), strips = static_cast<int>((n + kStrip - 1) / kStrip);
   int v0[kMostKeys / kStrip], v1[kMostKeys / kStrip];  // the vectors that see one of a strip's keys
@@ -489,7 +489,7 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
   runs([&](int64_t j, int64_t m, int a0, int a1) {
     vectors(a0, a1, [&](int g, auto V) {
       tiles<V.value>(m, [&](int64_t r, auto R) {
-        scores<R.value, V.value, C, U>(x.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer - 1) / kPer,
+        scores<R.value, V.value, C, U>(x.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer<T> - 1) / kPer<T>,
                                        chunk<C>(x.seq.Nq), w.s + (j + r) * kRows + g * L);
       });
     });
@@ -505,9 +505,9 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
   runs([&](int64_t j, int64_t m, int a0, int a1) {
     vectors(a0, a1, [&](int g, auto V) {
       tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
-        accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer * kRows + g * L,
-                                           kv.v + j / kPer * kv.sv + r * sizeof(U), kv.sv, (m + kPer - 1) / kPer,
-                                           x.o + r * kRows + g * L, x.alpha + g * L);
+        accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer<T> * kRows + g * L,
+                                           kv.v + j / kPer<T> * kv.sv + r * sizeof(U), kv.sv,
+                                           (m + kPer<T> - 1) / kPer<T>, x.o + r * kRows + g * L, x.alpha + g * L);
       });
     });
     for (int i = a0 * L; i < a1 * L; i++) x.alpha[i] = 1;  // rescaled once
@@ -519,7 +519,6 @@ template <class T>
 void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t group, int64_t first, int64_t count,
             bool adjusts, Workspace<T>& w) {
   using C = compute<T>;
-  constexpr int kPer = kPairs<T> ? 2 : 1;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], last = (seq.Nq - 1) / kRows, W = (D + 31) / 32 * 32;
   const Rows<T> k = rows<T>(a.k, a.extras, seq, hk), v = rows<T>(a.v, a.extras, seq, hk);
   const C scale = adjusts ? C(1) : static_cast<C>(__builtin_fabs(a.spec.scale));
@@ -558,7 +557,7 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
       const Block<T> x = block(t);
       const int64_t j = max(begin, x.first()), n = min(end, x.end()) - j;
       if (n <= 0) continue;
-      attend(x, w, {kv.k + (j - begin) * kv.sk, kv.v + (j - begin) / kPer * kv.sv, kv.sk, kv.sv}, j, n, c);
+      attend(x, w, {kv.k + (j - begin) * kv.sk, kv.v + (j - begin) / kPer<T> * kv.sv, kv.sk, kv.sv}, j, n, c);
     }
   }
   for (int64_t t = 0; t < count; t++) finish(block(t), kBase2<T> ? static_cast<C>(kLn2) : scale);

@@ -12,7 +12,7 @@ namespace linear_fwd {
 constexpr int64_t kColumns = 16, kBlock = 1024;
 
 template <class T>
-constexpr int kStep = kLanes * (kPairs<T> ? 2 : 1);
+constexpr int kStep = kLanes * kPer<T>;
 
 template <class T>
 struct Columns {

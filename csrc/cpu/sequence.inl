@@ -87,6 +87,8 @@ template <class T>
 constexpr bool kPairs = std::is_same_v<T, bf16> && kDotBf16;
 template <class T>  // what one step of a product takes of q, k, p or v
 using unit = std::conditional_t<kPairs<T>, int32_t, compute<T>>;
+template <class T>  // keys or head dims in a unit
+constexpr int kPer = kPairs<T> ? 2 : 1;
 
 template <class U>
 LLMFAST_INLINE U read(const char* p, int64_t i) {

@@ -125,23 +125,26 @@ LLMFAST_INLINE dvec exp2_fraction(dvec f) {
   return p;
 }
 
-// 2^(x c) for x c <= 127 and c > 1e-30; 0 below 2^-126 and for -inf; NaN passes. The product enters rounded only once.
-LLMFAST_INLINE vec exp2(vec x, float c) {
+// 2^(x c) for x c <= 127 and c > 1e-30, fraction(f) being 2^f; 0 below 2^-126 and for -inf; NaN passes. The product
+// enters rounded only once.
+template <class F>
+LLMFAST_INLINE vec exp2_by(vec x, float c, F&& fraction) {
   x = max(splat(-127.f / c), x);
   vec t = x * c + 12582912.f;  // 1.5 * 2^23: rounds to an integer in the low bits
   vec f = x * c - (t - 12582912.f);
-  return exp2_fraction(f) * (vec)(((wvec)t << 23) + (127u << 23));
+  return fraction(f) * (vec)(((wvec)t << 23) + (127u << 23));
+}
+LLMFAST_INLINE vec exp2(vec x, float c) {
+  return exp2_by(x, c, [](vec f) __attribute__((always_inline)) { return exp2_fraction(f); });
 }
 // The same to a relative error of 2.6e-6, for what is rounded to bf16 next.
 LLMFAST_INLINE vec exp2_coarse(vec x, float c) {
-  x = max(splat(-127.f / c), x);
-  vec t = x * c + 12582912.f;
-  vec f = x * c - (t - 12582912.f);
-  vec p = splat(9.5701096e-3f) * f + 5.5917899e-2f;
-  p = p * f + 2.4024745e-1f;
-  p = p * f + 6.9312181e-1f;
-  p = p * f + 9.9999926e-1f;
-  return p * (vec)(((wvec)t << 23) + (127u << 23));
+  return exp2_by(x, c, [](vec f) __attribute__((always_inline)) {
+    vec p = splat(9.5701096e-3f) * f + 5.5917899e-2f;
+    p = p * f + 2.4024745e-1f;
+    p = p * f + 6.9312181e-1f;
+    return p * f + 9.9999926e-1f;
+  });
 }
 LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
@@ -160,9 +163,7 @@ LLMFAST_INLINE vec exp2_fraction6(vec f) {
   return p * f + 1.f;
 }
 LLMFAST_INLINE vec exp2_fine(vec x) {
-  x = max(splat(-127.f), x);
-  vec t = x + 12582912.f;
-  return exp2_fraction6(x - (t - 12582912.f)) * (vec)(((wvec)t << 23) + (127u << 23));
+  return exp2_by(x, 1.f, [](vec f) __attribute__((always_inline)) { return exp2_fraction6(f); });
 }
 // The same for a factor known in float64: relative error 8e-8.
 LLMFAST_INLINE vec exp2_fine(vec x, double c) {
