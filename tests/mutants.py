@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent.parent
 FWD, BWD, BLOCK, DEC = (
     f"csrc/cpu/attention_{name}.inl" for name in ("forward", "backward", "backward_block", "decode")
 )
-SEQ, SIMD, SOFTMAX, TRITON = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl", "kernels/softmax.py"
+SEQ, SIMD, SOFTMAX = "csrc/cpu/sequence.inl", "csrc/cpu/simd.h", "csrc/cpu/softmax.inl"
+T_FWD, T_TMA, T_BWD, T_DEC, T_SOFTMAX, T_CE = (
+    f"kernels/{name}.py"
+    for name in ("attention", "attention_tma", "attention_backward", "decode", "softmax", "cross_entropy")
+)
 CE, SOFTMAX_BWD = "csrc/cpu/cross_entropy.inl", "csrc/cpu/softmax_backward.inl"
 
 
@@ -122,22 +126,43 @@ MUTANTS = [Mutant(*row) for row in [
     (CE, "if (here) from_float(dx + (y - j0), at_target);", "", "the target's gradient lacks its one"),
     (CE, "memset(dx, 0, n * sizeof(T));", "", "an ignored row's gradient stays unwritten"),
     # softmax
-    (SOFTMAX, "base += top, l *= power(-top), add();", "base += top, add();", "the running sum is not rescaled"),
-    (SOFTMAX, "power(bases[j / kChunk] - base) * inverse", "inverse", "a chunk keeps the base that it was counted against"),
-    (SOFTMAX, "const C base = greatest(most); if (!(base > -kFar && base < kFar)) return false;", "const C base = greatest(most);", "numbers whose logarithm to base 2 overflows become 0"),
+    (SOFTMAX, "l *= power(before - against.base), add();", "add();", "the running sum is not rescaled"),
+    (SOFTMAX, "power(bases[j / kChunk] - against.base) * inverse", "inverse", "a chunk keeps the base that it was counted against"),
+    (SOFTMAX, "const C base = greatest(most); if (!(base > -kFar<C> && base < kFar<C>)) return false;", "const C base = greatest(most);", "numbers whose logarithm to base 2 overflows become 0"),
     (SOFTMAX, "static_cast<C>(n <= L ? total(sums[0])", "static_cast<C>(n <= 2 * L ? total(sums[0])", "a short row's second vector is not summed"),
     (SOFTMAX, "if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);", "", "what goes past the caches keeps its lanes exchanged"),
-    (SOFTMAX, "return iota<C>() < static_cast<C>(end - e) ? z : none;", "return z;", "zeros beyond the row count"),
+    (SOFTMAX, "some = inside ? v : V{};", "some = v;", "zeros beyond the row count"),
     (SOFTMAX, "totals[k] += sums[k / L][k % L];", "totals[k] = sums[k / L][k % L];", "a column's sum is that of its last 256 rows"),
     (SOFTMAX, "if (++at[1] == M1) at[1] = 0, at[0]++;", "if (++at[1] == M1) at[1] = 0;", "the outermost index stands still"),
     (SOFTMAX_BWD, "total((sums[0] + sums[1]) + (sums[2] + sums[3]))", "total(sums[0] + sums[1])", "half of a short row's gradient is not summed"),
     (SOFTMAX, "v[k] = (v[k] * scale - m[k]) - l[k];", "v[k] = v[k] * scale - m[k];", "a column's logarithm lacks that of the sum"),
     (SOFTMAX, "for (int k = 0; k < 4; k++) { const __m256 high", "for (int k = 0; k < 3; k++) { const __m256 high", "every fourth vector is not summed"),
     # Triton
-    (TRITON, "(cols[None, :] - rows[:, None] <= offset)", "(cols[None, :] - rows[:, None] < offset)", "the diagonal is hidden"),
-    (TRITON, "m_end = tl.where(shape[2] == 1, M, m_first + 1)", "m_end = tl.where(shape[2] == 1, BLOCK_M, m_first + 1)", "dbias by key sums the first rows only"),
-    (TRITON, "dy_tile - tl.exp(y_tile) * total[:, None] if LOG", "dy_tile - y_tile * total[:, None] if LOG", "log_softmax's gradient takes y for its exponential"),
-    (TRITON, "_ds(y_tile, dy_tile, total, LOG) * scale)\n    else:", "_ds(y_tile, dy_tile, total, LOG))\n    else:", "dx lacks the scale"),
+    (T_SOFTMAX, "(cols[None, :] - rows[:, None] <= offset)", "(cols[None, :] - rows[:, None] < offset)", "the diagonal is hidden"),
+    (T_SOFTMAX, "m_end = tl.where(shape[2] == 1, M, m_first + 1)", "m_end = tl.where(shape[2] == 1, BLOCK_M, m_first + 1)", "dbias by key sums the first rows only"),
+    (T_SOFTMAX, "dy_tile - tl.exp(y_tile) * total[:, None] if LOG", "dy_tile - y_tile * total[:, None] if LOG", "log_softmax's gradient takes y for its exponential"),
+    (T_SOFTMAX, "_ds(y_tile, dy_tile, total, LOG) * scale)\n    else:", "_ds(y_tile, dy_tile, total, LOG))\n    else:", "dx lacks the scale"),
+    (T_FWD, "l * alpha + tl.sum(p, 1)", "l + tl.sum(p, 1)", "l is not rescaled"),
+    (T_FWD, "first = tl.maximum(x0 + offset - left, 0) // BLOCK", "first = tl.cdiv(tl.maximum(x0 + offset - left, 0), BLOCK)", "the window's first tile is skipped"),
+    (T_FWD, "whole_end = tl.minimum(tl.maximum(x0 + offset + right + 1, 0), N) // BLOCK", "whole_end = tl.cdiv(tl.minimum(tl.maximum(x0 + offset + right + 1, 0), N), BLOCK)", "a tile on the diagonal counts as whole"),
+    (T_FWD, "tl.abs(i + (nk - nq) - j)", "tl.abs(i - j)", "ALiBi forgets Nk - Nq"),
+    (T_FWD, "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))", "dropout's words are out of order"),
+    (T_FWD, "sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))", "sign = tl.where(scale == 0, 0.0, 1.0)", "the sign of scale is lost"),
+    (T_BWD, "d0 = chunk * BLOCK_D if D > BLOCK_D else 0", "d0 = chunk * BLOCK_D", "where only Dv has two chunks the second sees no scores"),
+    (T_BWD, "ds = p * (dp - delta_row) * dcap  # (BLOCK_N, BLOCK_M)", "ds = p * (dp - delta_row)", "dk lacks the softcap's derivative"),
+    (T_BWD, "for g in range(GROUP):", "for g in range(1):", "dk misses the group's other heads"),
+    (T_BWD, "D - d0, BLOCK_D, acc * scale)", "D - d0, BLOCK_D, acc)", "dq lacks the scale"),
+    (T_BWD, "acc += tl.where(lse_row == float(\"-inf\"), 0.0, ", "acc += tl.where(False, 0.0, ", "a row without keys spoils dsinks"),
+    (T_TMA, "t -= first * m_tiles", "t -= 0", "tiles of the first heads are taken twice"),
+    (T_TMA, "(k, b, h // GROUP)", "(k, b, h % GROUP)", "heads are grouped the other way"),
+    (T_TMA, "programs + tl.atomic_add(taken, 1", "1 + programs + tl.atomic_add(taken, 1", "one tile is never taken"),
+    (T_TMA, "mask=rows < Nq)", "mask=rows <= Nq)", "lse of the next head is overwritten"),
+    (T_DEC, "tl.maximum(nk - Nq - left, 0)", "tl.maximum(nk - left, 0)", "the window ends early"),
+    (T_DEC, "tl.maximum(nk + right, 0)", "tl.maximum(nk + right - 1, 0)", "the newest key is lost"),
+    (T_DEC, "j // page * stable[1]", "j // page", "the page table's strides are not used"),
+    (T_DEC, "acc = acc * alpha + tl.load(parts", "acc = acc + tl.load(parts", "splits are merged without their maxima"),
+    (T_CE, "l_block * tl.exp(m_block - m_safe)", "l_block", "blocks are merged without their maxima"),
+    (T_CE, "d += (label_smoothing / V) * (total.to(tl.float32) * p - w)", "d += (label_smoothing / V) * (total.to(tl.float32) * p - 1)", "class weights are forgotten in smoothing"),
 ]]
 # fmt: on
 
@@ -166,17 +191,39 @@ def plant(mutant, folder):
     (folder / mutant.path).write_text(faulty(mutant))
 
 
-KINDS = ("attention", "softmax", "cross_entropy", "cpu_forward", "cpu_backward", "properties", "large")
-TESTS = [f"tests/test_{name}.py" for name in KINDS]
+NOTICE = {  # by what the fault's file is called: the tests that may notice it
+    "csrc/cpu/": ("attention", "softmax", "cross_entropy", "cpu_forward", "cpu_backward", "properties", "large"),
+    "kernels/attention": ("attention", "triton_tma", "triton_shapes"),
+    "kernels/decode": ("triton_decode",),
+    "kernels/softmax": ("softmax",),
+    "kernels/cross_entropy": ("cross_entropy", "triton_cross_entropy"),
+}
 
 
-def failing(folder, on_triton, isa, *options):
-    """The tests that fail on this tree."""
+def kind(mutant):
+    return next(start for start in NOTICE if mutant.path.startswith(start))
+
+
+def failing(folder, kind, isa, *options):
+    """The tests for a kind of file that fail on this tree."""
     env = os.environ | {"LLMFAST_CUDA": "0", "LLMFAST_ISAS": isa, "LLMFAST_ISA": isa}
-    if not on_triton:
+    backend = "triton" if kind.startswith("kernels/") else "not triton and not reference and not cuda"
+    if backend != "triton":
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder, env=env, check=True)
-    choice = ["-k", "triton", *TESTS[:2]] if on_triton else ["-k", "not triton and not reference and not cuda", *TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "no:cacheprovider", *choice, *options]
+    tests = [f"tests/test_{name}.py" for name in NOTICE[kind]]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        backend,
+        *tests,
+        *options,
+    ]
     try:
         child = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     except subprocess.TimeoutExpired:
@@ -199,8 +246,8 @@ def survivors(mutants, isa, workers=2):
             setup.write_text(setup.read_text().replace('"-O3"', '"-O0"'))  # builds in a third of the time of -O1
             folders.put(Path(name, str(i)))
         options = ["-x"]
-        for on_triton in {m.path == TRITON for m in mutants}:
-            options += [f"--deselect={test}" for test in failing(Path(name, "0"), on_triton, isa)]
+        for one in dict.fromkeys(map(kind, mutants)):
+            options += [f"--deselect={test}" for test in failing(Path(name, "0"), one, isa)]
         print("left out:", options[1:], flush=True)
 
         def noticed(mutant):
@@ -208,7 +255,7 @@ def survivors(mutants, isa, workers=2):
             path = folder / mutant.path
             right = path.read_text()
             path.write_text(faulty(mutant))
-            seen = failing(folder, mutant.path == TRITON, isa, *options)
+            seen = failing(folder, kind(mutant), isa, *options)
             path.write_text(right)
             folders.put(folder)
             print("noticed " if seen else "SURVIVED", mutant.path, "|", mutant.why, "|", *seen, flush=True)

@@ -125,31 +125,38 @@ LLMFAST_INLINE dvec exp2_fraction(dvec f) {
   return p;
 }
 
+// 1.5 * 2^23 and 1.5 * 2^52: what is added to it is rounded to an integer, in the low bits.
+template <class C>
+constexpr C kRound = std::is_same_v<C, float> ? C(12582912) : C(6755399441055744);
+// 2^i of t = kRound + i for i > -127; 0 for i = -127.
+LLMFAST_INLINE vec exponent(vec t) { return (vec)(((wvec)t << 23) + (127u << 23)); }
+
 // 2^(x c) for x c <= 127 and c > 1e-30, fraction(f) being 2^f; 0 below 2^-126 and for -inf; NaN passes. The product
 // enters rounded only once.
 template <class F>
 LLMFAST_INLINE vec exp2_by(vec x, float c, F&& fraction) {
   x = max(splat(-127.f / c), x);
-  vec t = x * c + 12582912.f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  vec f = x * c - (t - 12582912.f);
-  return fraction(f) * (vec)(((wvec)t << 23) + (127u << 23));
+  vec t = x * c + kRound<float>;
+  vec f = x * c - (t - kRound<float>);
+  return fraction(f) * exponent(t);
 }
 LLMFAST_INLINE vec exp2(vec x, float c) {
   return exp2_by(x, c, [](vec f) __attribute__((always_inline)) { return exp2_fraction(f); });
 }
-// The same to a relative error of 2.6e-6, for what is rounded to bf16 next.
+// 2^f for |f| <= 1/2 to a relative error of 2.6e-6, for what is rounded to bf16 next.
+LLMFAST_INLINE vec exp2_fraction4(vec f) {
+  vec p = splat(9.5701096e-3f) * f + 5.5917899e-2f;
+  p = p * f + 2.4024745e-1f;
+  p = p * f + 6.9312181e-1f;
+  return p * f + 9.9999926e-1f;
+}
 LLMFAST_INLINE vec exp2_coarse(vec x, float c) {
-  return exp2_by(x, c, [](vec f) __attribute__((always_inline)) {
-    vec p = splat(9.5701096e-3f) * f + 5.5917899e-2f;
-    p = p * f + 2.4024745e-1f;
-    p = p * f + 6.9312181e-1f;
-    return p * f + 9.9999926e-1f;
-  });
+  return exp2_by(x, c, [](vec f) __attribute__((always_inline)) { return exp2_fraction4(f); });
 }
 LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
-  dvec t = x * c + 6755399441055744.;                               // 1.5 * 2^52
-  dvec f = x * c - (t - 6755399441055744.) + x * (c * 1.4109e-17);  // what log2(e) has beyond a double
+  dvec t = x * c + kRound<double>;
+  dvec f = x * c - (t - kRound<double>)+x * (c * 1.4109e-17);  // what log2(e) has beyond a double
   return exp2_fraction(f) * (dvec)(((ulvec)t << 52) + (uint64_t{1023} << 52));
 }
 LLMFAST_INLINE vec exp2(vec x) { return exp2(x, 1.f); }
@@ -162,30 +169,27 @@ LLMFAST_INLINE vec exp2_fraction6(vec f) {
   p = p * f + 6.9314718e-1f;
   return p * f + 1.f;
 }
-LLMFAST_INLINE vec exp2_fine(vec x) {
-  return exp2_by(x, 1.f, [](vec f) __attribute__((always_inline)) { return exp2_fraction6(f); });
-}
-// The same for a factor known in float64: relative error 8e-8.
+// 2^(x c) for a factor known in float64: relative error 8e-8.
 LLMFAST_INLINE vec exp2_fine(vec x, double c) {
   const float high = static_cast<float>(c), low = static_cast<float>(c - high);
   x = max(splat(-127.f / high), x);
-  vec t = x * high + 12582912.f;
-  vec f = (x * high - (t - 12582912.f)) + x * low;
-  return exp2_fraction6(f) * (vec)(((wvec)t << 23) + (127u << 23));
+  vec t = x * high + kRound<float>;
+  vec f = (x * high - (t - kRound<float>)) + x * low;
+  return exp2_fraction6(f) * exponent(t);
 }
 LLMFAST_INLINE dvec exp2_fine(dvec x, double c) { return exp2(x, c); }
 // e^x for x <= 87, relative error 8e-8; 0 below e^-87 and for -inf; NaN passes. n ln(2) leaves x in two exact parts,
 // and 1 + (r + r^2 p(r)) rounds but once where it matters (coefficients of Cephes' expf).
 LLMFAST_INLINE vec exp(vec x) {
   x = max(splat(-88.02f), x);
-  vec t = x * kLog2e + 12582912.f, n = t - 12582912.f;
+  vec t = x * kLog2e + kRound<float>, n = t - kRound<float>;
   vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vec p = splat(1.9875691500e-4f) * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  return (p * (r * r) + r + 1.f) * (vec)(((wvec)t << 23) + (127u << 23));
+  return (p * (r * r) + r + 1.f) * exponent(t);
 }
 
 // Elements as they lie in memory.

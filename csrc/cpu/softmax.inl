@@ -11,7 +11,6 @@ namespace softmax_rows {
 constexpr int64_t kChunk = 256 * kLanes;  // 64 numbers of float32 in a sum of 4 vectors, whatever the lanes
 constexpr int64_t kKept = 1 << 20;        // exponentials that wait for the sum: 4 MiB, less than an L3
 constexpr int64_t kTall = 1024;           // rows of exponentials that wait for the columns' sums: 256 KiB
-constexpr double kFar = 1e30;             // numbers beyond it are not counted in powers of 2, which could overflow
 constexpr int64_t kStream = 16 << 20;     // bytes of a result that no cache holds beside x: written past the caches
 
 // The indices of task t of (.., M1, M2), counted on from a thread's first: a division takes as long as a short row.
@@ -182,27 +181,65 @@ LLMFAST_INLINE void finish(bool log_of, C* buffer, int64_t n, C m, T* y) {
   }
 }
 
-// What plain_row counts in: 2^x, which costs a step less, where x scale - base is rounded but once; else e^x.
+// What plain_row counts in: 2^x in float, which costs a step less; else e^x.
 template <class C>
-constexpr bool kBase2 = kFma && std::is_same_v<C, float>;
+constexpr bool kBase2 = std::is_same_v<C, float>;
 template <class C>
 LLMFAST_INLINE C power(C x) {
   return kBase2<C> ? static_cast<C>(__builtin_exp2f(static_cast<float>(x))) : exp(x);
 }
 
+// Numbers that are further from what they are counted against leave the range of kRound, or overflow.
+template <class C>
+constexpr C kFar = kBase2<C> ? C(4e6) : C(1e30);
+
+// 2^(x c - base) or, in double, e^(x c - base) of the numbers x of a row. In float base is an integer, so that x c is
+// rounded once, when all but a fraction is gone from it.
+template <class T>
+struct Against {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  C c, base = 0, shift = 0;  // shift is kRound - base
+
+  // Counts against a number near base + by; false where that is too far away.
+  __attribute__((always_inline)) bool rise(C by) {
+    if (!(by > -kFar<C> && by < kFar<C>)) return false;
+    if constexpr (kBase2<C>) {
+      base += by + kRound<C> - kRound<C>, shift = kRound<C> - base;
+    } else {
+      base += by;
+    }
+    return base > -kFar<C> && base < kFar<C>;
+  }
+  // The power, and x c - base or, in float, an integer near it, moved by kRound.
+  __attribute__((always_inline)) V operator()(V x, V& z) const {
+    if constexpr (kBase2<C>) {
+      z = x * c + shift;  // rounds to an integer in the low bits
+      const V t = max(splat(kRound<C> - 127), z), f = max(splat(C(-1)), x * c - (t - shift));
+      return (sizeof(T) == 2 ? exp2_fraction4(f) : exp2_fraction6(f)) * exponent(t);
+    } else {
+      z = x * c - base;
+      return exponential<C>(z);
+    }
+  }
+  // What operator() left, as a number again.
+  static C distance(C z) { return kBase2<C> ? z - kRound<C> : z; }
+};
+
 template <class T>
 LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
   using C = compute<T>;
   if constexpr (sizeof(T) == 2) {
-    return exp2_coarse(z, kBase2<C> ? 1.f : kLog2e);
+    return exp2_coarse(z, 1.f);
   } else if constexpr (kBase2<C>) {
-    return exp2_fine(z);
+    return exp2_by(z, 1.f, [](vec f) __attribute__((always_inline)) { return exp2_fraction6(f); });
   } else {
     return exponential<C>(z);
   }
 }
 
-// The softmax of at most 4 kLanes plain numbers, which stay in registers; c and what it returns as in plain_row.
+// The softmax of at most 4 kLanes plain numbers, which stay in registers, against the largest; c and what it returns as
+// in plain_row.
 template <class T>
 LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
   using C = compute<T>;
@@ -223,7 +260,7 @@ LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
     most = max(most, within(v[k] * c, left));
   });
   const C base = greatest(most);
-  if (!(base > -kFar && base < kFar)) return false;
+  if (!(base > -kFar<C> && base < kFar<C>)) return false;
   each([&](int k, int64_t left)
            __attribute__((always_inline)) { sums[k] = v[k] = weight<T>(within(v[k] * c - base, left)); });
   const C l = static_cast<C>(n <= L ? total(sums[0]) : total((sums[0] + sums[1]) + (sums[2] + sums[3])));
@@ -255,34 +292,24 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
   };
-  C base = 0;
+  Against<T> against{c};
   double l = 0;
-  auto last = [&](int64_t e, int64_t end) __attribute__((always_inline)) {  // less than four vectors: the product exact
-    const V z = (end - e >= L ? loadu(x + e) : load_part(x + e, end - e)) * c - base;
-    return iota<C>() < static_cast<C>(end - e) ? z : none;
-  };
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t end = min(j + kChunk, n);
     double sum;
     C top;
     auto add = [&]() __attribute__((always_inline)) {
-      V most[4] = {none, none, none, none}, sums[4] = {};
-      auto term = [&](int k, V z, V& to) __attribute__((always_inline)) {
-        most[k] = max(most[k], z);
-        const V v = weight<T>(z);
-        to += v;
-        return v;
-      };
+      V most[4] = {none, none, none, none}, sums[4] = {}, z;
       int64_t e = j;
       while (e + 4 * L <= end) {
         V some[4] = {};  // 8 numbers to a lane, so that the largest is rounded as seldom
         for (const int64_t stop = min(e + 32 * L, end); e + 4 * L <= stop; e += 4 * L) {
           if constexpr (kPast) LLMFAST_UNROLL  // what comes from memory; from a cache it is slower
-          for (int z = 0; z < 4 * L; z += kLine) __builtin_prefetch(x + e + z + kChunk, 0, 2);
+          for (int p = 0; p < 4 * L; p += kLine) __builtin_prefetch(x + e + p + kChunk, 0, 2);
           V v[4];
           four(x + e, v);
           LLMFAST_UNROLL
-          for (int k = 0; k < 4; k++) v[k] = term(k, v[k] * c - base, some[k]);
+          for (int k = 0; k < 4; k++) v[k] = against(v[k], z), most[k] = max(most[k], z), some[k] += v[k];
           LLMFAST_UNROLL
           for (int k = 0; k < 4; k += 2) {
             if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);
@@ -292,9 +319,13 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
         LLMFAST_UNROLL
         for (int k = 0; k < 4; k++) sums[k] += some[k];
       }
-      for (; e < end; e += L) store(buffer + e, term(0, last(e, end), sums[0]));
+      for (; e < end; e += L) {
+        const auto inside = iota<C>() < static_cast<C>(end - e);
+        const V v = against(end - e >= L ? loadu(x + e) : load_part(x + e, end - e), z), some = inside ? v : V{};
+        store(buffer + e, some), sums[0] += some, most[0] = max(most[0], inside ? z : none);
+      }
       sum = kLanes < 16 ? total(sums) : total((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      top = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
+      top = against.distance(greatest(max(max(most[0], most[1]), max(most[2], most[3]))));
     };
     if (j == 0) {  // nothing to count against yet: the largest of 64 numbers
       V most[4] = {none, none, none, none}, v[4];
@@ -303,15 +334,15 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
         LLMFAST_UNROLL
         for (int k = 0; k < 4; k++) most[k] = max(most[k], v[k] * c);
       }
-      base = greatest(max(max(most[0], most[1]), max(most[2], most[3])));
-      if (!(base > -kFar && base < kFar)) return false;
+      if (!against.rise(greatest(max(max(most[0], most[1]), max(most[2], most[3]))))) return false;
     }
     add();
     if (top > kRise) {
-      if (!(top < kFar)) return false;
-      base += top, l *= power(-top), add();
+      const C before = against.base;
+      if (!against.rise(top)) return false;
+      l *= power(before - against.base), add();
     }
-    bases[j / kChunk] = base;
+    bases[j / kChunk] = against.base;
     l += sum;
   }
   const C inverse = static_cast<C>(1 / l), high = static_cast<C>(l), low = static_cast<C>(l - high);
@@ -325,7 +356,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
     return true;
   }
   for (int64_t j = 0; j < n; j += kChunk) {
-    const C factor = power(bases[j / kChunk] - base) * inverse;
+    const C factor = power(bases[j / kChunk] - against.base) * inverse;
     put(j, [&](auto v) { return v * factor; });
   }
   return true;
