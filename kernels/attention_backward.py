@@ -81,7 +81,8 @@ def attention_bwd_dkdv(
         return
     k += b * sk[0] + hk * sk[1] + k0 * sk[2]
     v += b * sv[0] + hk * sv[1] + k0 * sv[2]
-    d0, dv0 = chunk * BLOCK_D, chunk * BLOCK_DV
+    d0 = chunk * BLOCK_D if D > BLOCK_D else 0  # the narrower of the two heads is whole in every chunk
+    dv0 = chunk * BLOCK_DV if Dv > BLOCK_DV else 0
     k_tile = load_tile(k, sk[2], n0, nk, BLOCK_N, D, BLOCK_D, True)  # (BLOCK_N, BLOCK_D)
     v_tile = load_tile(v, sv[2], n0, nk, BLOCK_N, Dv, BLOCK_DV, True)  # (BLOCK_N, BLOCK_DV)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -116,8 +117,10 @@ def attention_bwd_dkdv(
                 dk_tile = tl.dot(ds.to(q_tile.dtype), q_tile, dk_tile, input_precision=PRECISION)
     dk += b * sdk[0] + hk * sdk[1] + k0 * sdk[2] + d0
     dv += b * sdv[0] + hk * sdv[1] + k0 * sdv[2] + dv0
-    store_tile(dk, sdk[2], n0, nk, BLOCK_N, D - d0, BLOCK_D, dk_tile * scale)
-    store_tile(dv, sdv[2], n0, nk, BLOCK_N, Dv - dv0, BLOCK_DV, dv_tile)
+    if chunk * BLOCK_D < D:
+        store_tile(dk, sdk[2], n0, nk, BLOCK_N, D - d0, BLOCK_D, dk_tile * scale)
+    if chunk * BLOCK_DV < Dv:
+        store_tile(dv, sdv[2], n0, nk, BLOCK_N, Dv - dv0, BLOCK_DV, dv_tile)
 
 
 @triton.jit(do_not_specialize=["B", "H", "Nq", "Nk", "tiles", "left", "right", "threshold"])

@@ -54,6 +54,8 @@ CASES = {  # B, H, Hk, Nq, Nk, D
     "head 16":             _case(1, 2, 2,  66,  98,  16),
     "head 80":             _case(1, 2, 2,  66,  98,  80),
     "head 256":            _case(1, 1, 1,  66,  70, 256),
+    "D beyond 256":        _case(1, 2, 1,  34,  70, 310, 99),
+    "Dv beyond 256":       _case(1, 2, 1,  34,  70,  99, 310),
     "Dv != D":             _case(1, 2, 2,  66,  70,  64, 32),
     "Dv > D":              _case(1, 2, 2,  66,  70,  24, 64),
     "causal":              _case(1, 2, 2, 130, 130,  64, causal=True),
@@ -269,10 +271,10 @@ def disagreements(p: Problem, got: Result, yards: Yardsticks | None = None) -> l
     """Where a result breaks the rule, in words; empty when it is right. yards: where several backends share them."""
     truth, reference, math = yards or yardsticks(p)
     if "cu_seqlens_q" in p.options:  # (T, heads, D) to (1, heads, T, D): the rule counts by head
-        heads_first = lambda r: Result(
-            _heads_first("o", r.o), r.lse, {n: _heads_first(n, t) for n, t in r.grads.items()}
+        heads_first = lambda r: (
+            r and Result(_heads_first("o", r.o), r.lse, {n: _heads_first(n, t) for n, t in r.grads.items()})
         )
-        got, truth, reference = heads_first(got), heads_first(truth), heads_first(reference)
+        got, truth, reference, math = map(heads_first, (got, truth, reference, math))
     found = [f"{n} is {x.dtype}" for n, x in [("o", got.o), *got.grads.items()] if x.dtype != p.q.dtype]
     yards = [reference] if math is None else [reference, math]
     found += breaks("o", got.o, truth.o, [y.o for y in yards], C_FORWARD, p.q.dtype)

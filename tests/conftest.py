@@ -84,16 +84,11 @@ def right_arithmetic():
             return TensorHandle(rounded.reshape(src.data.shape), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    def create_dot(self, a, b, d, *rest):
-        if a.dtype.scalar == tl.bfloat16:
-            return TensorHandle(np.matmul(to_float32(a.data), to_float32(b.data)) + d.data, d.dtype.scalar)
-        if (
-            a.dtype.scalar == tl.float32
-        ):  # BLAS adds in an order of its own: a row of one query is too short for that to even out
-            return TensorHandle(
-                (np.matmul(a.data, b.data, dtype=np.float64) + d.data).astype(np.float32), d.dtype.scalar
-            )
-        return dot(self, a, b, d, *rest)
+    def create_dot(self, a, b, d, *rest):  # BLAS adds in an order of its own: few rows are too few to even that out
+        if d.dtype.scalar != tl.float32:
+            return dot(self, a, b, d, *rest)
+        wide = (to_float32(x.data) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b))
+        return TensorHandle((np.matmul(*wide, dtype=np.float64) + d.data).astype(np.float32), tl.float32)
 
     def create_fma(self, x, y, z):
         return TensorHandle((x.data.astype(np.float64) * y.data + z.data).astype(x.data.dtype), x.dtype.scalar)
