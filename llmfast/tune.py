@@ -335,7 +335,12 @@ def main(arguments: list[str] | None = None) -> int:
     arch = chosen.arch if chosen.dry_run else attention.target()
     path, table = chosen.out or tiles_path(), {}
     if not chosen.dry_run and path.exists():
-        table = read_table(path)
+        try:
+            table = read_table(path)
+        except (OSError, ValueError) as problem:
+            said = f"{path} is not a table of llmfast tune: {problem}; remove it, or name another with --out"
+            print(f"llmfast tune: {said}", file=sys.stderr)
+            return 2
     for name, dtype in product(chosen.kernel, chosen.dtype):
         kernel = KERNELS[name]
         sizes = kernel.sizes if name != "fwd_tma" else tuple(attention_tma.table(arch))

@@ -180,6 +180,17 @@ def test_says_what_is_missing(monkeypatch, capsys):
     assert len(err.splitlines()) == 1
 
 
+def test_a_bad_table_is_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "_cannot", lambda dry_run: None)
+    (tmp_path / "tiles.json").write_text(HOSTILE["cut"])
+    assert main(["--out", str(tmp_path / "tiles.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "is not a table of llmfast tune: no JSON" in err
+    assert len(err.splitlines()) == 1
+    assert (tmp_path / "tiles.json").read_text() == HOSTILE["cut"]
+
+
 @cache
 def listed(*arguments):
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
