@@ -35,7 +35,7 @@ KERNELS = {  # of each file
     "attention_decode": 12,
     "attention_backward_bf16": 14,
     "attention_backward_fp16": 14,
-    "softmax": 60,
+    "softmax": 69,
     "cross_entropy": 12,
 }
 
@@ -97,7 +97,7 @@ def test_registers_and_spills(file, arch):
     assert len(found) == KERNELS[file]
     assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT[arch]} == {}
     if file == "softmax":  # 1024 threads share 65536 registers
-        assert max(registers for name, (registers, _) in found.items() if "Li1024E" in name or "long" in name) <= 64
+        assert max(registers for name, (registers, _) in found.items() if re.search("Li1024E|long|cluster", name)) <= 64
     if cuobjdump() is None:
         pytest.skip("registers and spills are right; instructions not looked at: cuobjdump was not found")
     sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
@@ -106,7 +106,7 @@ def test_registers_and_spills(file, arch):
         if file.startswith("attention"):
             loads = [len(re.findall(rf"\b{op}", text)) for op in ("HMMA.16816", "LDSM", "LDGSTS", "LDSM.16.MT88")]
             assert min(loads) > 0, name
-        elif "Lb1E" in name:  # aligned rows: 128-bit accesses only
+        elif "Lb1E" in name or "bwd_cluster" in name:  # aligned rows: 128-bit accesses only
             assert "LDG.E.128" in text, name
             assert "STG.E.128" in text or "cross_entropy_fwd" in name, name
 

@@ -120,14 +120,26 @@ def test_a_target_out_of_range_is_nan_for_its_row(cuda):
 )
 def test_every_schedule_gives_the_same_bits(cuda, seed):
     p = cases.problem(cases.CASES["causal more keys"], torch.bfloat16)._replace(do=None, dlse=None)
-    x = torch.randn(3, 1500)
+    x, wide = torch.randn(3, 1500), torch.randn(2, 100_000).half()
+    dy = torch.randn(2, 100_000).half()
+    soften = lambda: cases.run_softmax(wide, {}, dy, "cuda")  # 4 blocks of a cluster hold a row
     cuda_model.schedule(0)
-    want, y = cases.run(p, "cuda"), llmfast.softmax(x, backend="cuda")
+    want, y, of_clusters = cases.run(p, "cuda"), llmfast.softmax(x, backend="cuda"), soften()
     cuda_model.schedule(seed)
     got = cases.run(p, "cuda")
     assert torch.equal(got.o, want.o)
     assert torch.equal(got.lse, want.lse)
     assert torch.equal(llmfast.softmax(x, backend="cuda"), y)
+    assert all(torch.equal(t, of_clusters[n]) for n, t in soften().items())
+
+
+@pytest.mark.parametrize("columns", [65544, pytest.param(200_000, marks=pytest.mark.long), 262144, 262152])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+def test_rows_of_clusters(cuda, columns, dtype):
+    """Of 4 and 8 blocks, and just too long for them."""
+    case = cases.SoftmaxCase((1, columns), {})
+    x, options, dy = cases.softmax_problem(case, DTYPES[dtype])
+    assert cases.softmax_disagreements(x, options, dy, cases.run_softmax(x, options, dy, "cuda")) == []
 
 
 def test_a_head_depends_on_itself_alone(cuda):
@@ -237,8 +249,17 @@ FAULTS = {
     13: ("softmax", "two reductions share their shared memory", "tsan"),
     14: ("softmax", "writes one column past the end", "asan"),
     15: ("softmax", "the running sum is not rescaled", None),
+    16: ("softmax", "the blocks of a cluster take the same columns", None),
+    17: ("softmax", "no barrier before a cluster's sums are read", "tsan"),
+    18: ("softmax", "a block ends before the cluster has read its sums", None),
+    19: ("softmax", "the sums of blocks are not rescaled", None),
+    20: ("softmax", "a cluster writes one column past the end", "asan"),
     21: ("softmax", "the backward's sum is of one thread", None),
     22: ("softmax", "the backward writes one column past the end", "asan"),
+    23: ("softmax", "the backward doesn't wait for a cluster's dy", None),
+    24: ("softmax", "the backward has no barrier before a cluster's sums are read", "tsan"),
+    25: ("softmax", "the backward's block ends before the cluster has read its sum", None),
+    26: ("softmax", "the backward of a cluster writes one column past the end", "asan"),
     51: ("cross_entropy", "the running sum is not rescaled", None),
     52: ("cross_entropy", "two reductions share their shared memory", "tsan"),
     53: ("cross_entropy", "writes one column past the end", "asan"),

@@ -1,4 +1,5 @@
-// Every PTX instruction the kernels use, one wrapper each (PTX ISA 8.x names in brackets), all of sm_80.
+// Every PTX instruction the kernels use, one wrapper each (PTX ISA 8.x names in brackets), all of sm_80 but
+// what clusters need.
 //
 // nvcc compiles this file; any other compiler takes the same names from the host model in tests/cuda_model/device.h, so
 // kernels and launchers are one text that runs on a GPU and, under sanitizers, on a CPU.
@@ -71,6 +72,43 @@ __device__ __forceinline__ int atomic_add(int* p, int x) { return atomicAdd(p, x
 // [fence.acq_rel.gpu] What this thread wrote or saw through barriers before it is seen by a thread that finds, by
 // atomic_add, what this one adds after it, once that thread has passed a fence too.
 __device__ __forceinline__ void memory_fence() { __threadfence(); }
+
+// ---- between the blocks of a cluster: sm_90 and later; compiled for less, a block is a cluster of its own
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// [%cluster_nctarank, %cluster_ctarank] How many blocks there are, and which of them this is.
+__device__ __forceinline__ int cluster_size() {
+  int x;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(x));
+  return x;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int x;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(x));
+  return x;
+}
+// [barrier.cluster] All threads of the cluster: what they wrote to shared memory before they arrive is seen by all
+// after they wait.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// [mapa, ld.shared::cluster] What the block of that rank has where p is in this block's shared memory.
+__device__ __forceinline__ float load_remote(const float* p, int rank) {
+  float x;
+  asm volatile("{.reg .b32 at; mapa.shared::cluster.u32 at, %1, %2; ld.shared::cluster.f32 %0, [at];}"
+               : "=f"(x)
+               : "r"(shared_address(p)), "r"(rank)
+               : "memory");
+  return x;
+}
+#else
+__device__ __forceinline__ int cluster_size() { return 1; }
+__device__ __forceinline__ int cluster_rank() { return 0; }
+__device__ __forceinline__ void cluster_arrive() {}
+__device__ __forceinline__ void cluster_wait() { block_barrier(); }
+__device__ __forceinline__ float load_remote(const float* p, int) { return *p; }
+#endif
 
 // ---- tensor cores
 
@@ -154,18 +192,33 @@ __device__ __forceinline__ uint32_t pack<bf16>(float lo, float hi) {
 
 // ---- host
 
-// Starts a kernel on a stream; nullptr, or the error in words. A grid of 0 blocks is nothing to do.
+// Starts a kernel on a stream, in clusters of so many blocks; nullptr, or the error in words. A grid of 0 blocks is
+// nothing to do.
 template <class Problem>
 const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void* stream,
-                   const Problem& problem) {
+                   const Problem& problem, int cluster = 1) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 blocks";
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t how = {};
+  how.gridDim = dim3(static_cast<unsigned>(blocks)), how.blockDim = dim3(threads);
+  how.dynamicSmemBytes = shared_bytes, how.stream = static_cast<cudaStream_t>(stream);
+  how.attrs = &attribute, how.numAttrs = cluster > 1;
   cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(problem);
-    error = cudaGetLastError();
-  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&how, kernel, problem);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Whether this GPU runs the kernel in clusters: it can, and what it runs was compiled for one that can.
+template <class Problem>
+bool has_clusters(void (*kernel)(Problem)) {
+  int device = 0, found = 0;
+  cudaFuncAttributes compiled = {};
+  return cudaGetDevice(&device) == cudaSuccess && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
+         cudaDeviceGetAttribute(&found, cudaDevAttrClusterLaunch, device) == cudaSuccess && found &&
+         compiled.ptxVersion >= 90;
 }
 
 // nullptr, or why kernels can't run here: no driver, no device.

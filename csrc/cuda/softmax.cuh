@@ -2,9 +2,11 @@
 //
 // Column j of row i counts when j <= i + offset and the mask is true; hidden entries become 0, or -inf in the
 // logarithm, and so does a row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y
-// written once. Beyond, x is read twice. Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx
-// = scale ds. y and dy are read once up to N = 16384 (8192 unaligned), twice beyond. Every reduction has one order,
-// whatever else is in the batch.
+// written once. So it is up to N = 262144 (131072 with mask, bias or unaligned rows) where blocks can form clusters:
+// 2, 4 or 8 of them hold a row and exchange their maxima and sums. Beyond, and elsewhere, x is read twice.
+// Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx = scale ds. y and dy are read once up to
+// N = 16384 (8192 unaligned), aligned rows up to 262144 in clusters, y in registers and dy in shared memory; else twice.
+// Every reduction has one order, whatever else is in the batch.
 #pragma once
 #include "views.cuh"
 
@@ -160,6 +162,76 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   }
 }
 
+constexpr int kLongest = 8;       // blocks in a cluster: what every GPU that has clusters can run
+constexpr int kClusterItems = 32;  // of a thread, as in softmax_rows
+constexpr int kClusterSums = 512;  // bytes of shared memory before what a cluster holds there
+
+// What each block of the cluster left at p, in the lanes of its rank modulo 8; `none` beyond the cluster.
+__device__ __forceinline__ float of_block(const float* p, float none) {
+  const int rank = thread_index() % kLongest;
+  return rank < cluster_size() ? load_remote(p, rank) : none;
+}
+template <class Op>
+__device__ __forceinline__ float over_blocks(float x, Op op) {
+#pragma unroll
+  for (int lanes = kLongest / 2; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
+  return x;
+}
+
+// As softmax_rows, of a row that a cluster of blocks holds. Each takes exponentials against its own maximum, so that
+// there is one exchange, of maximum and sum.
+template <class T, int kItems, bool kPlain>
+__global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_constant__ Softmax a) {
+  using C = Columns<T, 1024, kPlain>;
+  constexpr int kGroups = kItems / C::kWidth;
+  const int blocks = cluster_size(), t = thread_index();
+  const Row row = row_of<T>(a, block_index() / blocks);
+  const T* x = reinterpret_cast<const T*>(row.x);
+  T* y = reinterpret_cast<T*>(row.y);
+  const int64_t N = a.x.size[3];
+  const auto column = [&](int c) { return C::first(c * blocks + (FAULT == 16 ? 0 : cluster_rank()), t); };
+
+  float s[kGroups][C::kWidth];
+  float m = -kInf;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = column(c);
+    if (j < row.visible) C::load(s[c], x + j);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) {
+      s[c][e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[c][e]) : -kInf;
+      m = fmaxf(m, s[c][e]);
+    }
+  }
+  m = row_max<1024>(m);
+  float l = 0.f;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++)
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) {
+      const float p = exponential(s[c][e], m);
+      l += p;
+      if (!a.log) s[c][e] = p;
+    }
+  l = row_sum<1024>(l);
+  float* mine = reinterpret_cast<float*>(shared_memory()) + 64;
+  if (t == 0) mine[0] = m, mine[1] = l;
+  if (FAULT != 17) cluster_arrive(), cluster_wait();
+  const float m_block = of_block(mine, -kInf), l_block = of_block(mine + 1, 0.f);
+  if (FAULT != 18) cluster_arrive();  // no block may end, and its shared memory with it, before all have read
+  const float m_row = over_blocks(m_block, [](float a, float b) { return fmaxf(a, b); });
+  l = over_blocks(l_block * (FAULT == 19 ? 1 : exponential(m_block, m_row)), [](float a, float b) { return a + b; });
+  const float factor = l == 0.f ? 0.f : exponential(m, m_row) / l, lse = l == 0.f ? 0.f : m_row + logf(l);
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = column(c);
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) s[c][e] = a.log ? s[c][e] - lse : s[c][e] * factor;
+    if (FAULT == 20 ? j <= N : j < N) C::store(y + j, s[c]);
+  }
+  if (FAULT != 18) cluster_wait();
+}
+
 // Rows longer than registers hold: a running maximum and sum in each thread, merged, then a second read.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant__ Softmax a) {
@@ -235,6 +307,63 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
       ys[c][e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[c][e], sum);
     if (j < N + (FAULT == 22)) C::store(dx + j, ys[c]);
   }
+}
+
+// As softmax_bwd_rows, of an aligned row that a cluster of blocks holds: y in registers, dy in shared memory, where each
+// thread reads what it brought.
+template <class T>
+__global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_constant__ SoftmaxBackward a) {
+  using C = Columns<T, 1024, true>;
+  constexpr int kGroups = kClusterItems / C::kWidth;
+  const int blocks = cluster_size(), t = thread_index();
+  const int64_t index = block_index() / blocks, i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1],
+                l1 = l % a.y.size[1];
+  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
+  T* dx = at<T>(a.dx, l0, l1, i);
+  const int N = a.y.size[3], first = C::first(cluster_rank(), t), step = C::first(blocks, 0);
+  const auto column = [&](int c) { return first + c * step; };
+  char* const mine = shared_memory() + kClusterSums;
+  const auto held = [&](int c) { return reinterpret_cast<T*>(mine + (c * 1024 + t) * 16); };
+
+#pragma unroll
+  for (int c = 0; c < kGroups; c++)
+    if (column(c) < N) cp_async_16(shared_address(held(c)), dy + column(c), 16);
+  cp_async_commit();
+  float ys[kGroups][C::kWidth] = {}, sum = 0.f;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++)
+    if (column(c) < N) C::load(ys[c], y + column(c));
+  if (FAULT == 23)
+    cp_async_wait<1>();
+  else
+    cp_async_wait<0>();
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    if (column(c) >= N) continue;
+    float dys[C::kWidth];
+    C::load(dys, held(c));
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++) sum += term(a.log, ys[c][e], dys[e]);
+  }
+  sum = row_sum<1024>(sum);
+  float* block_sum = reinterpret_cast<float*>(shared_memory()) + 64;
+  if (t == 0) *block_sum = sum;
+  if (FAULT != 24) cluster_arrive(), cluster_wait();
+  sum = of_block(block_sum, 0.f);
+  if (FAULT != 25) cluster_arrive();  // as in softmax_cluster_rows
+  sum = over_blocks(sum, [](float a, float b) { return a + b; });
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int j = column(c);
+    if (j >= N + (FAULT == 26)) continue;
+    float dys[C::kWidth];
+    C::load(dys, held(c));
+#pragma unroll
+    for (int e = 0; e < C::kWidth; e++)
+      dys[e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[e], sum);
+    C::store(dx + j, dys);
+  }
+  if (FAULT != 25) cluster_wait();
 }
 
 template <class T, bool kAligned>

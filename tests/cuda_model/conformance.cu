@@ -110,6 +110,21 @@ __global__ void probe_atomic(const __grid_constant__ Probe p) {
   memory_fence();
 }
 
+// The blocks of a cluster read each other's shared memory.
+__global__ void probe_cluster(const __grid_constant__ Probe p) {
+  const int t = thread_index();
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  shared[t] = static_cast<float>(p.in[cluster_rank() * kThreads + t] & 0xffff);
+  cluster_arrive();
+  cluster_wait();
+  uint32_t* out = p.out + (block_index() * kThreads + t) * 6;
+  for (int rank = 0; rank < 4; rank++) out[rank] = bits(load_remote(shared + (t + 5 * rank) % kThreads, rank));
+  out[4] = cluster_size();
+  out[5] = cluster_rank();
+  cluster_arrive();
+  cluster_wait();
+}
+
 __global__ void probe_exp2(const __grid_constant__ Probe p) {
   for (int i = thread_index(); i < 1024; i += kThreads) p.out[i] = bits(exp2_approx(value(p.in[i])));
 }
@@ -142,14 +157,15 @@ void check(cudaError_t error) {
 }
 #endif
 
-void run(const char* name, const char* compare, void (*kernel)(Probe), const std::vector<uint32_t>& in, int outputs) {
+void run(const char* name, const char* compare, void (*kernel)(Probe), const std::vector<uint32_t>& in, int outputs,
+         int cluster = 1) {
   std::vector<uint32_t> out(outputs);
 #ifdef __CUDACC__
   uint32_t *from, *to;
   check(cudaMalloc(&from, in.size() * 4));
   check(cudaMalloc(&to, outputs * 4));
   check(cudaMemcpy(from, in.data(), in.size() * 4, cudaMemcpyHostToDevice));
-  const char* error = launch(kernel, 1, kThreads, kSharedBytes, nullptr, Probe{from, to});
+  const char* error = launch(kernel, cluster, kThreads, kSharedBytes, nullptr, Probe{from, to}, cluster);
   check(cudaMemcpy(out.data(), to, outputs * 4, cudaMemcpyDeviceToHost));
   check(cudaFree(from));
   check(cudaFree(to));
@@ -158,7 +174,7 @@ void run(const char* name, const char* compare, void (*kernel)(Probe), const std
   if (posix_memalign(&aligned, 16, (in.size() + outputs) * 4)) std::abort();
   uint32_t *from = static_cast<uint32_t*>(aligned), *to = from + in.size();
   std::memcpy(from, in.data(), in.size() * 4);
-  const char* error = launch(kernel, 1, kThreads, kSharedBytes, nullptr, Probe{from, to});
+  const char* error = launch(kernel, cluster, kThreads, kSharedBytes, nullptr, Probe{from, to}, cluster);
   std::memcpy(out.data(), to, outputs * 4);
   std::free(aligned);
 #endif
@@ -204,6 +220,10 @@ int main() {
   run("exchange", "bits", probe_exchange, raw, 14 * kThreads);
   run("memory_128", "bits", probe_memory, raw, 4 * kThreads);
   run("atomic_add", "bits", probe_atomic, raw, 2 * kThreads + 8);
+  if (has_clusters(probe_cluster))
+    run("cluster", "bits", probe_cluster, raw, 4 * 6 * kThreads, 4);
+  else
+    std::printf("cluster absent\n");
   run("exp2_approx", "close", probe_exp2, exponents, 1024);
   run("round_half", "bits", probe_round<half>, edges, 2048);
   run("round_bf16", "bits", probe_round<bf16>, edges, 2048);

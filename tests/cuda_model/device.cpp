@@ -1,7 +1,7 @@
 // The executor of the host model: fibers on one OS thread, and the exchanges between the lanes of a warp.
 //
 // Scheduling is warp-greedy, the most skewed legal order: a warp runs as far as it can before the next one starts. Seed
-// 0 takes blocks, warps and lanes in ascending order, 1 descending, 2 blocks and warps in random order, 3 and above
+// 0 takes blocks (or clusters), warps and lanes in ascending order, 1 descending, 2 blocks and warps in random order, 3 and above
 // also leave a warp at random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer each CUDA
 // thread is a fiber it knows, switches order nothing, and barriers are its acquire and release; this file itself is
 // compiled without it.
@@ -71,14 +71,17 @@ struct Context {
 };
 #endif
 
-enum Wait { kRuns, kWarp, kBlock, kDone };
+enum Wait { kRuns, kWarp, kBlock, kCluster, kDone };
 
 struct Copy {
   char* to;
   uint32_t bytes[4];
 };
 
+struct Block;
+
 struct Lane {
+  Block* block = nullptr;
   Context context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Wait wait = kDone;
@@ -90,6 +93,7 @@ struct Lane {
   void* tsan = nullptr;
   bool fenced = false;         // whether what it did before is ordered before its atomic accesses
   std::vector<int*> observed;  // by atomic accesses: ordered before what follows its next fence
+  int64_t phase = 0, waited = 0;  // of the cluster's barrier: the opening it arrived for, and waited for
 };
 
 struct Warp {
@@ -98,21 +102,35 @@ struct Warp {
 
 struct Block {
   int64_t index;
+  int rank;
   char* shared;
   int shared_bytes;
   std::vector<Warp> warps;
+  int left;  // threads that have not ended
 };
 
-std::vector<std::unique_ptr<Lane>> lanes;
+struct Cluster {
+  std::vector<Block> blocks;
+  int threads;  // of a block
+  int arrived = 0;
+  int64_t phase = 0;  // of its barrier: how often it has opened
+  char token = 0;
+
+  Lane& at(int block, int thread);
+};
+
+std::vector<std::unique_ptr<Lane>> lanes;  // of the cluster that runs, block by block
 Context scheduler;
 void* scheduler_tsan;
 Lane* lane;
-Block* block;
+Cluster* cluster;
 const std::function<void()>* body;
 std::string error;
 unsigned seed = 0;
 std::mt19937 draw;
 char launch_token;
+
+Lane& Cluster::at(int block, int thread) { return *lanes[block * threads + thread]; }
 
 void switch_to(Context& from, Context& to, [[maybe_unused]] void* tsan) {
 #ifdef MODEL_TSAN
@@ -129,6 +147,7 @@ void leave(Wait wait) {
 void entry() {
   (*body)();
   if (!lane->copies.empty()) fail("cp.async never waited for");
+  if (lane->phase != lane->waited) fail("cluster_arrive never waited for");
 #ifdef MODEL_TSAN
   __tsan_release(&launch_token);
 #endif
@@ -137,19 +156,19 @@ void entry() {
 
 // All 32 lanes meet; the last to come runs `serve` for all of them.
 void meet(const void* mine, const char* what, const std::function<void(const void* const*)>& serve) {
-  const int w = lane->index / 32;
+  const int w = lane->index / 32, rank = lane->block->rank;
   lane->mine = mine, lane->what = what;
-  if (++block->warps[w].arrived < 32) return leave(kWarp);
+  if (++lane->block->warps[w].arrived < 32) return leave(kWarp);
   const void* all[32];
   for (int i = 0; i < 32; i++) {
-    const Lane& other = *lanes[w * 32 + i];
+    const Lane& other = cluster->at(rank, w * 32 + i);
     if (other.what != what && std::strcmp(other.what, what))
       fail("warp %d diverges: lane %d is at %s, lane %d at %s", w, i, other.what, lane->index % 32, what);
     all[i] = other.mine;
   }
   serve(all);
-  block->warps[w].arrived = 0;
-  for (int i = 0; i < 32; i++) lanes[w * 32 + i]->wait = kRuns;
+  lane->block->warps[w].arrived = 0;
+  for (int i = 0; i < 32; i++) cluster->at(rank, w * 32 + i).wait = kRuns;
 }
 
 void step(Lane& next) {
@@ -157,44 +176,59 @@ void step(Lane& next) {
   switch_to(scheduler, next.context, next.tsan);
 }
 
-// Runs the warps of one block to their end.
-void run_block(int threads) {
-  std::vector<int> order(threads / 32);
+// Opens the barriers that all have come to; whether there was one.
+bool open_barriers() {
+  bool opened = false;
+  for (Block& b : cluster->blocks) {
+    int waiting = 0;
+    for (int t = 0; t < cluster->threads; t++) waiting += cluster->at(b.rank, t).wait == kBlock;
+    for (int t = 0; t < cluster->threads; t++) {
+      Lane& l = cluster->at(b.rank, t);
+      if (waiting == cluster->threads || (l.wait == kCluster && l.phase <= cluster->phase))
+        l.wait = kRuns, opened = true;
+    }
+  }
+  return opened;
+}
+
+// Runs the warps of one cluster to their end.
+void run_cluster() {
+  const int warps = cluster->threads / 32, blocks = static_cast<int>(cluster->blocks.size());
+  std::vector<int> order(blocks * warps);
   for (size_t i = 0; i < order.size(); i++) order[i] = seed == 1 ? order.size() - 1 - i : i;
-  for (int left = threads; left;) {
+  for (int left = blocks * cluster->threads; left;) {
     bool progress = false;
     if (seed > 1) std::shuffle(order.begin(), order.end(), draw);
     for (int w : order)
       for (bool more = true; more;) {
         more = false;
         for (int j = 0; j < 32; j++) {
-          Lane& l = *lanes[w * 32 + (seed == 1 ? 31 - j : j)];
+          Lane& l = cluster->at(w / warps, w % warps * 32 + (seed == 1 ? 31 - j : j));
           if (l.wait != kRuns) continue;
           step(l);
           if (!error.empty()) return;
-          left -= l.wait == kDone;
+          if (l.wait == kDone) left--, l.block->left--;
           more = progress = true;
         }
         if (seed > 2 && draw() % 8 == 0) break;
       }
+    if (open_barriers() || progress || !left) continue;
     int waiting = 0;
-    for (int i = 0; i < threads; i++) waiting += lanes[i]->wait == kBlock;
-    if (left && waiting == threads) {
-      for (int i = 0; i < threads; i++) lanes[i]->wait = kRuns;
-    } else if (left && !progress) {
-      error = "DEADLOCK: of " + std::to_string(threads) + " threads " + std::to_string(waiting) +
-              " wait at a block barrier, " + std::to_string(threads - left) + " have ended";
-      return;
-    }
+    for (size_t i = 0; i < order.size() * 32; i++) waiting += lanes[i]->wait == kBlock || lanes[i]->wait == kCluster;
+    error = "DEADLOCK: of " + std::to_string(order.size() * 32) + " threads " + std::to_string(waiting) +
+            " wait at a barrier, " + std::to_string(order.size() * 32 - left) + " have ended";
+    return;
   }
 }
 
 }  // namespace
 
 int thread_index() { return lane->index; }
-int64_t block_index() { return block->index; }
-char* shared_memory() { return block->shared; }
-int shared_bytes() { return block->shared_bytes; }
+int64_t block_index() { return lane->block->index; }
+char* shared_memory() { return lane->block->shared; }
+int shared_bytes() { return lane->block->shared_bytes; }
+int cluster_size() { return static_cast<int>(cluster->blocks.size()); }
+int cluster_rank() { return lane->block->rank; }
 
 void fail(const char* format, ...) {
   char text[256];
@@ -202,42 +236,49 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  error =
-      std::string(text) + " (block " + std::to_string(block->index) + ", thread " + std::to_string(lane->index) + ")";
+  error = std::string(text) + " (block " + std::to_string(block_index()) + ", thread " + std::to_string(lane->index) +
+          ")";
   leave(kDone);
   abort();
 }
 
-const char* launch(int64_t blocks, int threads, int bytes, const std::function<void()>& kernel) {
+const char* launch(int64_t blocks, int threads, int bytes, int size, const std::function<void()>& kernel) {
   if (threads % 32 || threads > 1024 || bytes > 232448)
     return "a block has at most 1024 threads and 227 KiB of shared memory";
+  if (size < 1 || size > 8 || blocks % size) return "a cluster has at most 8 blocks, and a grid whole clusters";
   error.clear();
   body = &kernel;
   draw.seed(seed);
-  while (static_cast<int>(lanes.size()) < threads) lanes.emplace_back(new Lane);
+  while (static_cast<int>(lanes.size()) < threads * size) lanes.emplace_back(new Lane);
   std::vector<char*> used;
+  std::vector<std::unique_ptr<Cluster>> clusters;
 #ifdef MODEL_TSAN
   scheduler_tsan = __tsan_get_current_fiber();
   std::vector<void*> ended;
 #endif
-  std::vector<int64_t> order(blocks);
-  for (int64_t i = 0; i < blocks; i++) order[i] = seed == 1 ? blocks - 1 - i : i;
+  std::vector<int64_t> order(blocks / size);
+  for (size_t i = 0; i < order.size(); i++) order[i] = seed == 1 ? order.size() - 1 - i : i;
   if (seed > 1) std::shuffle(order.begin(), order.end(), draw);
-  for (int64_t i = 0; i < blocks && error.empty(); i++) {
-    void* shared = nullptr;
-    if (posix_memalign(&shared, 1024, std::max(bytes, 1))) return "out of memory";
-    std::memset(shared, 0xff, bytes);
-    used.push_back(static_cast<char*>(shared));
-    Block b{order[i], used.back(), bytes, std::vector<Warp>(threads / 32)};
-    block = &b;
-    for (int t = 0; t < threads; t++) {
+  for (size_t i = 0; i < order.size() && error.empty(); i++) {
+    clusters.emplace_back(new Cluster{{}, threads});
+    cluster = clusters.back().get();
+    for (int rank = 0; rank < size; rank++) {
+      void* shared = nullptr;
+      if (posix_memalign(&shared, 1024, std::max(bytes, 1))) return "out of memory";
+      std::memset(shared, 0xff, bytes);
+      used.push_back(static_cast<char*>(shared));
+      const int64_t index = order[i] * size + rank;
+      cluster->blocks.push_back({index, rank, used.back(), bytes, std::vector<Warp>(threads / 32), threads});
+    }
+    for (int t = 0; t < threads * size; t++) {
 #ifdef MODEL_TSAN  // a new one, the old one's memory freed unseen: what it hands on would order the blocks
       AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
       lanes[t].reset(new Lane);
       AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
 #endif
       Lane& l = *lanes[t];
-      l.wait = kRuns, l.index = t;
+      l.block = &cluster->blocks[t / threads];
+      l.wait = kRuns, l.index = t % threads, l.phase = l.waited = 0;
       l.copies.clear(), l.groups.clear();
       l.fenced = false, l.observed.clear();
       l.context.start(l.stack.get(), entry);
@@ -246,15 +287,15 @@ const char* launch(int64_t blocks, int threads, int bytes, const std::function<v
       ended.push_back(l.tsan);
 #endif
     }
-    run_block(threads);
+    run_cluster();
 #ifdef MODEL_TSAN  // not at once: a new thread with the number of an ended one passes for it
-    if (ended.size() >= kEnded || i == blocks - 1 || !error.empty()) {
+    if (ended.size() >= kEnded || i == order.size() - 1 || !error.empty()) {
       for (void* fiber : ended) __tsan_destroy_fiber(fiber);
       ended.clear();
     }
 #else
-    free(used.back());
-    used.pop_back();
+    for (char* shared : used) free(shared);
+    used.clear(), clusters.clear();
 #endif
   }
 #ifdef MODEL_TSAN  // only now: blocks are not ordered among each other
@@ -267,16 +308,42 @@ const char* launch(int64_t blocks, int threads, int bytes, const std::function<v
 
 void block_barrier() {
 #ifdef MODEL_TSAN
-  __tsan_release(block->shared);
+  __tsan_release(lane->block->shared);
 #endif
   leave(kBlock);
 #ifdef MODEL_TSAN
-  __tsan_acquire(block->shared);
+  __tsan_acquire(lane->block->shared);
 #endif
 }
 
+void cluster_arrive() {
+  if (lane->phase != lane->waited) fail("cluster_arrive twice without cluster_wait");
+#ifdef MODEL_TSAN
+  __tsan_release(&cluster->token);
+#endif
+  lane->phase = cluster->phase + 1;
+  if (++cluster->arrived == static_cast<int>(cluster->blocks.size()) * cluster->threads)
+    cluster->arrived = 0, cluster->phase++;
+}
+
+void cluster_wait() {
+  if (lane->phase == lane->waited) fail("cluster_wait without cluster_arrive");
+  lane->waited = lane->phase;
+  leave(kCluster);
+#ifdef MODEL_TSAN
+  __tsan_acquire(&cluster->token);
+#endif
+}
+
+const char* remote(const void* p, int rank) {
+  if (rank < 0 || rank >= cluster_size()) fail("load_remote: block %d of %d", rank, cluster_size());
+  const Block& other = cluster->blocks[rank];
+  if (other.left == 0) fail("load_remote: block %d of the cluster has ended", rank);
+  return other.shared + (static_cast<const char*>(p) - lane->block->shared);
+}
+
 void warp_barrier() {
-  [[maybe_unused]] Warp* token = &block->warps[lane->index / 32];
+  [[maybe_unused]] Warp* token = &lane->block->warps[lane->index / 32];
 #ifdef MODEL_TSAN
   __tsan_release(token);
 #endif

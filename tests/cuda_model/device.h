@@ -1,5 +1,5 @@
-// Host model of csrc/cuda/ptx.cuh: the same names for a C++ compiler. One block runs at a time, one fiber for each of
-// its threads.
+// Host model of csrc/cuda/ptx.cuh: the same names for a C++ compiler. One block runs at a time, or one cluster of them,
+// one fiber for each thread.
 //
 // It is stricter than the hardware: cp.async poisons its destination and delivers only at wait_group; shared memory
 // starts as NaN and has its exact size; misaligned or out-of-range addresses, divergent collectives and barriers that
@@ -45,10 +45,15 @@ char* shared_memory();
 int shared_bytes();
 // Ends the launch with an error in words; called in a kernel.
 [[noreturn]] void fail(const char* format, ...);
-const char* launch(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& body);
+const char* launch(int64_t blocks, int threads, int shared_bytes, int cluster, const std::function<void()>& body);
 
 void block_barrier();
 void warp_barrier();
+int cluster_size();
+int cluster_rank();
+void cluster_arrive();
+void cluster_wait();
+const char* remote(const void* p, int rank);  // the same place in the shared memory of another block of the cluster
 uint32_t exchange(uint32_t mine, const char* what,
                   const std::function<uint32_t(const uint32_t (&)[32], int lane)>& result);
 void mma(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, bool is_half);
@@ -167,6 +172,15 @@ inline int atomic_add(int* p, int x) {
 }
 inline void memory_fence() { model::fence(); }
 
+inline int cluster_size() { return model::cluster_size(); }
+inline int cluster_rank() { return model::cluster_rank(); }
+inline void cluster_arrive() { model::cluster_arrive(); }
+inline void cluster_wait() { model::cluster_wait(); }
+inline float load_remote(const float* p, int rank) {
+  shared_address(p);
+  return *reinterpret_cast<const float*>(model::remote(p, rank));
+}
+
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) { model::ldmatrix(r, address, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) { model::ldmatrix(r, address, true); }
 template <class T>
@@ -205,10 +219,14 @@ uint32_t pack(float lo, float hi) {
 
 template <class Problem>
 const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int shared_bytes, void*,
-                   const Problem& problem) {
+                   const Problem& problem, int cluster = 1) {
   if (blocks == 0) return nullptr;
   if (blocks > 0x7fffffff) return "the problem needs more than 2^31 - 1 blocks";
-  return model::launch(blocks, threads, shared_bytes, [&] { kernel(problem); });
+  return model::launch(blocks, threads, shared_bytes, cluster, [&] { kernel(problem); });
+}
+template <class Problem>
+bool has_clusters(void (*)(Problem)) {
+  return true;
 }
 inline const char* device_problem() { return nullptr; }
 

@@ -366,9 +366,12 @@ int decode(int number, bool small, unsigned seed, int fault) {
 int softmax(int number, bool small) {
   Heap heap;
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
-  const int lengths[] = {draw(1, 40),      draw(200, 300),   draw(1000, 1100),  draw(1025, 3000),
+  const int lengths[] = {draw(1, 40),      draw(200, 300),   draw(1000, 1100),    draw(1025, 3000),
                          8 * draw(1, 140), draw(8190, 9000), draw(32760, 40000)};
-  const int N = lengths[draw(0, small ? 4 : 6)], M = N > 4000 ? draw(1, 2) : draw(1, 9), pad = maybe(2) ? 8 : 1;
+  const int of_clusters = maybe(2) ? draw(32769, 140000) : 8 * draw(4097, 33000);  // of 2, 4, 8 blocks, or too long
+  const bool wide = number % 8 == 7;
+  const int N = wide ? (small ? 40000 : of_clusters) : lengths[draw(0, small ? 4 : 6)];
+  const int M = wide ? 1 : N > 4000 ? draw(1, 2) : draw(1, 9), pad = maybe(2) ? 8 : 1;
   Softmax p{};
   p.x = heap.make(dtype, {draw(1, 2), 2, M, N}, [] { return 2 * normal(); }, maybe(2), pad);
   p.y = maybe(3) ? p.x : heap.make(dtype, {p.x.size[0], 2, M, N}, [] { return kNan; }, maybe(2), pad);
