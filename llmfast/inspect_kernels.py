@@ -230,8 +230,13 @@ def _read(name, binary, metadata, problem, arch):
             subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
         )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups())
-        names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", dump("-sass"))
-    return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, Counter(names))
+        mix = instructions(dump("-sass"))
+    return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, mix)
+
+
+def instructions(text: str) -> Counter:
+    """How often each instruction stands in a disassembly."""
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text))
 
 
 def _read_amd(name, binary, metadata, problem, arch):
@@ -249,8 +254,9 @@ def _read_amd(name, binary, metadata, problem, arch):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="llmfast inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", default=ARCHS, choices=ARCHS, help="GPU architectures")
+    parser.add_argument("--arch", nargs="+", choices=ARCHS, help="GPU architectures (default: all)")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels, by nvcc, all of them, not Triton's")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
     choices = ("causal", "tma", "everything", "packed", "decode", *ROWS)
@@ -260,7 +266,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
     faults, width, heading = 0, shutil.get_terminal_size().columns, None
-    for compiled in inspect(chosen.arch, chosen.kernel, dims=chosen.dim, dtypes=chosen.dtype, options=chosen.option):
+    if chosen.cuda:
+        from . import inspect_cuda
+
+        if reason := inspect_cuda.cannot(chosen.arch or ()):
+            parser.error(reason)
+        kernels = inspect_cuda.inspect(chosen.arch or inspect_cuda.ARCHS, chosen.kernel)
+    else:
+        choice = dict(dims=chosen.dim, dtypes=chosen.dtype, options=chosen.option)
+        kernels = inspect(chosen.arch or ARCHS, chosen.kernel, **choice)
+    for compiled in kernels:
         if chosen.json:
             print(json.dumps(compiled), flush=True)
         else:

@@ -4,14 +4,11 @@ The short tier compiles each file but float16 attention for sm_80 or sm_90a, --a
 whole extension. Results are kept in build/cuda_compile until a source changes.
 """
 
-import hashlib
 import os
 import re
-import shutil
 import subprocess
 import sys
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import jobs
@@ -19,73 +16,43 @@ import pytest
 import torch
 from cuda_model import conformance
 
-from llmfast import _cpu
+from llmfast import _cpu, inspect_cuda
+from llmfast.inspect_kernels import SHARED
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"
-SOURCES = sorted((ROOT / "csrc").glob("*.h")) + sorted((ROOT / "csrc/cuda").glob("*"))
-SHARED_LIMIT = {"80": 166912, "90a": 232448, "100a": 232448, "120": 101376}  # bytes a block may have
 # Bytes outside loops: 8 in attention at head dim 128 and in dq at 64, 16 in softmax of 32768 float32 (64 registers) and
-# in decode at 256 for sm_90a.
-# For sm_100a, whose own instruction for products isn't used here, attention at head dim 128 spills 32.
-SPILL_LIMIT = {"80": 16, "90a": 16, "100a": 32, "120": 16}
+# in decode at 256 for sm_90.
+# For sm_100, whose own instruction for products isn't used here, attention at head dim 128 spills 32.
+SPILL_LIMIT = {"sm_80": 16, "sm_90": 16, "sm_100": 32, "sm_120": 16}
 KERNELS = {  # of each file
     "attention_bf16": 12,
     "attention_fp16": 12,
     "attention_decode": 12,
     "attention_backward_bf16": 14,
     "attention_backward_fp16": 14,
-    "softmax": 69,
+    "softmax": 60,
     "cross_entropy": 12,
 }
+CLUSTERS = {"sm_80": 0, "sm_90": 9, "sm_100": 9, "sm_120": 8}  # of float32 the backward needs 128 KiB
 
 
-@cache
-def nvcc():
-    return shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.path.exists(p)), None)
-
-
-@cache
-def cuobjdump():
-    """From the toolkit, or the copy in the triton wheel; None where neither is."""
-    found = find_spec("triton")
-    copies = [] if found is None else Path(found.origin).parent.glob("backends/nvidia/bin/cuobjdump")
-    return shutil.which("cuobjdump") or next(map(str, copies), None)
-
-
-needs_nvcc = pytest.mark.skipif(nvcc() is None, reason="nvcc was not found: the CUDA kernels are not compiled here")
+needs_nvcc = pytest.mark.skipif(inspect_cuda.cannot() is not None, reason=str(inspect_cuda.cannot()))
 
 
 @cache
 def compiled(file, arch):
-    """{kernel name: (registers, spill bytes)} and the cubin of one source for one GPU."""
-    digest = hashlib.sha256(b"".join(p.read_bytes() for p in SOURCES)).hexdigest()[:16]
-    BUILD.mkdir(parents=True, exist_ok=True)
-    cubin = BUILD / f"{file}-{arch}-{digest}.cubin"
-    log = cubin.with_suffix(".log")
-    if not log.exists():
-        command = [nvcc(), "-cubin", "-O3", "-std=c++17", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v"]
-        command += [f"-I{ROOT / 'csrc'}", ROOT / "csrc/cuda" / f"{file}.cu", "-o", cubin]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for old in BUILD.glob(f"{file}-{arch}-*"):
-            if digest not in old.name:
-                old.unlink()
-        log.write_text(done.stderr)
-    found = {}
-    for part in log.read_text().split("Compiling entry function '")[1:]:
-        registers, spills = (re.search(p, part) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-        found[part.split("'")[0]] = int(registers[1]), int(spills[1])
-    return found, cubin
+    """{mangled name: figures} of one source for one GPU."""
+    return dict(inspect_cuda.kernels(file, arch, BUILD))
 
 
-SHORT = {("attention_bf16", "90a"), ("attention_backward_bf16", "80"), ("softmax", "90a"), ("cross_entropy", "80")}
-SHORT |= {("attention_decode", "90a")}
+SHORT = {("attention_bf16", "sm_90"), ("attention_backward_bf16", "sm_80"), ("softmax", "sm_90")}
+SHORT |= {("cross_entropy", "sm_80"), ("attention_decode", "sm_90")}
 
 
 def targets():
     for file in KERNELS:
-        for arch in SHARED_LIMIT:
+        for arch in inspect_cuda.ARCHS:
             job = jobs.job(compiled, file, arch)
             yield pytest.param(file, arch, marks=[job] if (file, arch) in SHORT else [job, pytest.mark.long])
 
@@ -93,16 +60,19 @@ def targets():
 @needs_nvcc
 @pytest.mark.parametrize(("file", "arch"), list(targets()))
 def test_registers_and_spills(file, arch):
-    found, cubin = jobs.result(compiled, file, arch)
-    assert len(found) == KERNELS[file]
-    assert {name: spills for name, (_, spills) in found.items() if spills > SPILL_LIMIT[arch]} == {}
-    if file == "softmax":  # 1024 threads share 65536 registers
-        assert max(registers for name, (registers, _) in found.items() if re.search("Li1024E|long|cluster", name)) <= 64
-    if cuobjdump() is None:
+    found = jobs.result(compiled, file, arch)
+    assert len(found) == KERNELS[file] + (CLUSTERS[arch] if file == "softmax" else 0)
+    for name, c in found.items():
+        assert c.spills <= SPILL_LIMIT[arch], str(c)
+        assert not c.instructions or c.faults() == [], str(c)
+        assert c.shared <= (SHARED[arch] if "cluster" in name else 101376), str(c)  # the tables are every GPU's
+        if re.search("Li1024E|long|cluster", name):  # 1024 threads share 65536 registers
+            assert c.registers <= 64
+            assert c.warps == 32
+    code = inspect_cuda.machine_code(inspect_cuda.compile_file(file, arch, BUILD)[0])
+    if not code:
         pytest.skip("registers and spills are right; instructions not looked at: cuobjdump was not found")
-    sass = subprocess.run([cuobjdump(), "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    for text in sass.split("Function : ")[1:]:
-        name = text.split()[0]
+    for name, text in code.items():
         if file.startswith("attention"):
             loads = [len(re.findall(rf"\b{op}", text)) for op in ("HMMA.16816", "LDSM", "LDGSTS", "LDSM.16.MT88")]
             assert min(loads) > 0, name
@@ -112,27 +82,18 @@ def test_registers_and_spills(file, arch):
 
 
 @needs_nvcc
-def test_shared_memory_fits_every_gpu():
-    """The tile table's own arithmetic, checked by the compiler."""
-    program = '#include "cuda/attention_forward.cuh"\nnamespace llmfast::cuda {\n'
-    for head_dim in (32, 64, 96, 128, 192, 256):
-        for general in ("true", "false"):
-            program += f"static_assert(Tile<{head_dim}, {general}>::kSharedBytes <= {min(SHARED_LIMIT.values())});\n"
-    source = BUILD / "shared.cu"
-    BUILD.mkdir(parents=True, exist_ok=True)
-    source.write_text(program + "}\n")
-    command = [
-        nvcc(),
-        "-cubin",
-        "-std=c++17",
-        "-arch=sm_80",
-        f"-I{ROOT / 'csrc'}",
-        source,
-        "-o",
-        BUILD / "shared.cubin",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@jobs.job(compiled, "softmax", "sm_90")
+def test_what_inspect_says():
+    """Names without mangling; the shared memory that a launch asks for; threads."""
+    found = jobs.result(compiled, "softmax", "sm_90").values()
+    told = {c.problem: c for c in found}
+    assert told["softmax_rows<bf16, 256, 32, true>"][5:7] == (256, 8)
+    assert told["softmax_rows<float, 32, 8, false>"][5:7] == (0, 4)
+    assert told["softmax_bwd_cluster_rows<half>"][5:7] == (512 + 65536, 32)
+    assert told["softmax_long_rows<float, false>"].kernel == "softmax_long_rows"
+    assert set(inspect_cuda.files("softmax_bwd")) == {"cross_entropy", "softmax"}
+    assert inspect_cuda.files("decode") == ["attention_decode"]
+    assert "gfx942 is no GPU of nvcc's" in inspect_cuda.cannot(["sm_80", "gfx942"])
 
 
 @cache
@@ -160,13 +121,15 @@ def test_the_extension_builds_and_imports_without_a_driver():
 
 
 @needs_nvcc
-@jobs.job(conformance.compile_for_gpu, nvcc())
+@jobs.job(conformance.compile_for_gpu, inspect_cuda.nvcc())
 def test_the_gpu_does_what_the_host_model_says():
     """Each PTX wrapper bit for bit where there is a GPU; elsewhere the program compiles and notices a changed bit."""
     want = conformance.model()
     changed = {**want, "ldmatrix_x4": ("bits", [want["ldmatrix_x4"][1][0] ^ 1, *want["ldmatrix_x4"][1][1:]])}
     assert len(list(conformance.differences(want, changed))) == 1
-    done = subprocess.run([jobs.result(conformance.compile_for_gpu, nvcc())], capture_output=True, text=True)
+    done = subprocess.run(
+        [jobs.result(conformance.compile_for_gpu, inspect_cuda.nvcc())], capture_output=True, text=True
+    )
     if not torch.cuda.is_available():
         assert "no device" in done.stderr
         pytest.skip("no GPU to compare the host model with")

@@ -135,6 +135,7 @@ __device__ __forceinline__ Band band_of(const AttentionSpec& spec, const Span& x
 template <class T, int kHeadDim, Part kPart, bool kGeneral>
 __global__ void __launch_bounds__(128) attention_bwd_dkdv(const __grid_constant__ AttentionBackwardArgs a) {
   using B = BackwardTile<kHeadDim>;
+  note_shared<B::kDkdvBytes>();
   using Rows = typename B::Rows;
   constexpr int BLOCK_N = B::kOwn, BLOCK_M = B::kPassing, kRing = B::kRing;
   constexpr int kKeep = kPart == kBoth ? 2 : 1;  // tiles in use at once: q and do, or one after the other
@@ -260,6 +261,7 @@ __global__ void __launch_bounds__(128) attention_bwd_dkdv(const __grid_constant_
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(128) attention_bwd_dq(const __grid_constant__ AttentionBackwardArgs a) {
   using B = BackwardTile<kHeadDim>;
+  note_shared<B::kDqBytes>();
   using Rows = typename B::Rows;
   constexpr int BLOCK_M = B::kOwn, BLOCK_N = B::kPassingKeys, kRing = B::kKeyRing;
   const AttentionBackward& p = a.p;

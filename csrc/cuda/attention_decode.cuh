@@ -84,6 +84,7 @@ template <class T, int kHeadDim>
 __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
     attention_decode(const __grid_constant__ AttentionDecodeArgs a) {
   using Tile = DecodeTile<kHeadDim>;
+  note_shared<Tile::kSharedBytes>();
   using Rows = typename Tile::Rows;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing;
   constexpr int kChunks = Rows::kChunks;

@@ -165,6 +165,7 @@ template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
     attention_fwd(const __grid_constant__ AttentionForwardArgs a) {
   using Tile = cuda::Tile<kHeadDim, kGeneral>;
+  note_shared<Tile::kSharedBytes>();
   constexpr int BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N, kRing = Tile::kRing, kMma = Tile::kMma;
   const AttentionForward& p = a.p;
   const Span x = span_of<BLOCK_M, false>(p.q, p.k, p.extras, a.blocks);

@@ -12,7 +12,7 @@ const char* run(const CrossEntropy& a, void* stream) {
   const bool aligned = a.x.size[1] % kVector<T> == 0 && whole(a.x) && whole(a.dx);
   const auto kernel = a.dx ? (aligned ? cross_entropy_bwd<T, true> : cross_entropy_bwd<T, false>)
                            : (aligned ? cross_entropy_fwd<T, true> : cross_entropy_fwd<T, false>);
-  return launch(kernel, a.x.size[0], kRowThreads, 4 * 32 * sizeof(float), stream, a);
+  return launch(kernel, a.x.size[0], kRowThreads, kReductionBytes, stream, a);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ __device__ __forceinline__ float capped(float x, float softcap, float& derivativ
   return softcap * t;
 }
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 256,
+              kReductionBytes = 4 * 32 * sizeof(float);  // four reductions, each in memory of its own
 constexpr int kCached = 4096;  // columns: 16 KiB of float32, so that 8 blocks, all an SM can hold, fit in its cache
 
 // Over one row c: its maximum, sum(e^(c - m)), and with smoothing sum(w c) and sum(w).
@@ -58,6 +59,7 @@ __device__ __forceinline__ RowSums row_sums(const CrossEntropy& a, const T* x, b
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) cross_entropy_fwd(const __grid_constant__ CrossEntropy a) {
+  note_shared<kReductionBytes>();
   const int64_t row = block_index(), V = a.x.size[1];
   const T* x = at<const T>(a.x, row);
   const float* weight = reinterpret_cast<const float*>(a.weight.data);
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(kRowThreads) cross_entropy_fwd(const __grid_co
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kRowThreads) cross_entropy_bwd(const __grid_constant__ CrossEntropy a) {
+  note_shared<kReductionBytes>();
   using C = Columns<T, kRowThreads, kAligned>;
   const int64_t row = block_index(), V = a.x.size[1];
   const T* x = at<const T>(a.x, row);

@@ -28,6 +28,12 @@ __device__ __forceinline__ char* shared_memory() {
   return dynamic_shared;
 }
 
+// Leaves a number in the kernel's PTX, where llmfast inspect finds it: the bytes that its launcher asks for.
+template <int kBytes>
+__device__ __forceinline__ void note_shared() {
+  asm volatile("// shared memory: %0 bytes" ::"n"(kBytes));
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
@@ -211,14 +217,16 @@ const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int sha
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// Whether this GPU runs the kernel in clusters: it can, and what it runs was compiled for one that can.
+// Whether this GPU runs the kernel in clusters: it can, what it runs was compiled for one that can, and a block may
+// have so much shared memory.
 template <class Problem>
-bool has_clusters(void (*kernel)(Problem)) {
-  int device = 0, found = 0;
+bool has_clusters(void (*kernel)(Problem), int shared_bytes) {
+  int device = 0, found = 0, most = 0;
   cudaFuncAttributes compiled = {};
   return cudaGetDevice(&device) == cudaSuccess && cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess &&
          cudaDeviceGetAttribute(&found, cudaDevAttrClusterLaunch, device) == cudaSuccess && found &&
-         compiled.ptxVersion >= 90;
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+         compiled.ptxVersion >= 90 && shared_bytes <= most;
 }
 
 // nullptr, or why kernels can't run here: no driver, no device.

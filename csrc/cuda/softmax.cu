@@ -5,8 +5,6 @@
 namespace llmfast::cuda {
 namespace {
 
-constexpr int kSharedBytes = 2 * 32 * sizeof(float);  // one partial result for each warp, of the maximum and of the sum
-
 // Blocks that hold a row of N, of which one holds `columns`; 0 where no cluster does.
 int cluster_for(int64_t N, int64_t columns) {
   for (int blocks = 2; blocks <= kLongest; blocks *= 2)
@@ -20,13 +18,13 @@ const char* run(const Softmax& a, void* stream) {
   const int64_t shared_rows = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   if (N <= 256) return launch(softmax_rows<T, 32, 8, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
   if (N <= 1024) return launch(softmax_rows<T, 32, 32, kPlain>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
-  if (N <= 8192) return launch(softmax_rows<T, 256, 32, kPlain>, rows, 256, kSharedBytes, stream, a);
+  if (N <= 8192) return launch(softmax_rows<T, 256, 32, kPlain>, rows, 256, kRowBytes, stream, a);
   constexpr int kItems = kPlain ? 32 : 16;  // addresses of mask and bias take the place of 16 values
-  if (N <= 1024 * kItems) return launch(softmax_rows<T, 1024, kItems, kPlain>, rows, 1024, kSharedBytes, stream, a);
+  if (N <= 1024 * kItems) return launch(softmax_rows<T, 1024, kItems, kPlain>, rows, 1024, kRowBytes, stream, a);
   const int blocks = cluster_for(N, 1024 * kItems);
-  if (blocks && has_clusters(softmax_cluster_rows<T, kItems, kPlain>))
+  if (blocks && has_clusters(softmax_cluster_rows<T, kItems, kPlain>, kClusterSums))
     return launch(softmax_cluster_rows<T, kItems, kPlain>, rows * blocks, 1024, kClusterSums, stream, a, blocks);
-  return launch(softmax_long_rows<T, kPlain>, rows, 1024, kSharedBytes, stream, a);
+  return launch(softmax_long_rows<T, kPlain>, rows, 1024, kRowBytes, stream, a);
 }
 
 template <class T>
@@ -42,17 +40,15 @@ const char* run_backward(const SoftmaxBackward& a, void* stream) {
   const int64_t shared_rows = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
   if (N <= 256) return launch(softmax_bwd_rows<T, 32, 8, kAligned>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
   if (N <= 512) return launch(softmax_bwd_rows<T, 32, 16, kAligned>, shared_rows, 32 * kRowsPerBlock, 0, stream, a);
-  if (N <= 4096) return launch(softmax_bwd_rows<T, 256, 16, kAligned>, rows, 256, kSharedBytes, stream, a);
+  if (N <= 4096) return launch(softmax_bwd_rows<T, 256, 16, kAligned>, rows, 256, kRowBytes, stream, a);
   constexpr int kItems = kAligned ? 16 : 8;  // of y and of dy; single columns need as many addresses as values
-  if (N <= 1024 * kItems)
-    return launch(softmax_bwd_rows<T, 1024, kItems, kAligned>, rows, 1024, kSharedBytes, stream, a);
+  if (N <= 1024 * kItems) return launch(softmax_bwd_rows<T, 1024, kItems, kAligned>, rows, 1024, kRowBytes, stream, a);
   if constexpr (kAligned) {
     const int blocks = cluster_for(N, 1024 * kClusterItems);
-    if (blocks && has_clusters(softmax_bwd_cluster_rows<T>))
-      return launch(softmax_bwd_cluster_rows<T>, rows * blocks, 1024,
-                    kClusterSums + 1024 * kClusterItems * static_cast<int>(sizeof(T)), stream, a, blocks);
+    if (blocks && has_clusters(softmax_bwd_cluster_rows<T>, kClusterBytes<T>))
+      return launch(softmax_bwd_cluster_rows<T>, rows * blocks, 1024, kClusterBytes<T>, stream, a, blocks);
   }
-  return launch(softmax_bwd_long_rows<T, kAligned>, rows, 1024, kSharedBytes, stream, a);
+  return launch(softmax_bwd_long_rows<T, kAligned>, rows, 1024, kRowBytes, stream, a);
 }
 
 template <class T>

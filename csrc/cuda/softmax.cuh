@@ -4,15 +4,16 @@
 // logarithm, and so does a row with none. Up to N = 32768 the threads of a row hold it in registers: x is read once, y
 // written once. So it is up to N = 262144 (131072 with mask, bias or unaligned rows) where blocks can form clusters:
 // 2, 4 or 8 of them hold a row and exchange their maxima and sums. Beyond, and elsewhere, x is read twice.
-// Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx = scale ds. y and dy are read once up to
-// N = 16384 (8192 unaligned), aligned rows up to 262144 in clusters, y in registers and dy in shared memory; else twice.
-// Every reduction has one order, whatever else is in the batch.
+// Backward: ds = y (dy - sum(y dy)), of the logarithm ds = dy - e^y sum(dy); dx = scale ds. y and dy are read once up
+// to N = 16384 (8192 unaligned), aligned rows up to 262144 in clusters, y in registers and dy in shared memory; else
+// twice. Every reduction has one order, whatever else is in the batch.
 #pragma once
 #include "views.cuh"
 
 namespace llmfast::cuda {
 
-constexpr int kRowsPerBlock = 4;  // of one warp each
+constexpr int kRowsPerBlock = 4;                   // of one warp each
+constexpr int kRowBytes = 2 * 32 * sizeof(float);  // shared memory: a result of each warp, of two reductions
 
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
@@ -118,6 +119,7 @@ struct Columns {
 template <class T, int kThreads, int kItems, bool kPlain>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
     softmax_rows(const __grid_constant__ Softmax a) {
+  note_shared<kThreads == 32 ? 0 : kRowBytes>();
   using C = Columns<T, kThreads, kPlain>;
   constexpr int kGroups = kItems / C::kWidth;
   static_assert(kItems % C::kWidth == 0, "a thread holds whole vectors");
@@ -162,9 +164,11 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   }
 }
 
-constexpr int kLongest = 8;       // blocks in a cluster: what every GPU that has clusters can run
+constexpr int kLongest = 8;        // blocks in a cluster: what every GPU that has clusters can run
 constexpr int kClusterItems = 32;  // of a thread, as in softmax_rows
 constexpr int kClusterSums = 512;  // bytes of shared memory before what a cluster holds there
+template <class T>
+constexpr int kClusterBytes = kClusterSums + 1024 * kClusterItems * static_cast<int>(sizeof(T));
 
 // What each block of the cluster left at p, in the lanes of its rank modulo 8; `none` beyond the cluster.
 __device__ __forceinline__ float of_block(const float* p, float none) {
@@ -182,6 +186,7 @@ __device__ __forceinline__ float over_blocks(float x, Op op) {
 // there is one exchange, of maximum and sum.
 template <class T, int kItems, bool kPlain>
 __global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_constant__ Softmax a) {
+  note_shared<kClusterSums>();
   using C = Columns<T, 1024, kPlain>;
   constexpr int kGroups = kItems / C::kWidth;
   const int blocks = cluster_size(), t = thread_index();
@@ -235,6 +240,7 @@ __global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_consta
 // Rows longer than registers hold: a running maximum and sum in each thread, merged, then a second read.
 template <class T, bool kPlain>
 __global__ void __launch_bounds__(1024) softmax_long_rows(const __grid_constant__ Softmax a) {
+  note_shared<kRowBytes>();
   using C = Columns<T, 1024, kPlain>;
   const Row row = row_of<T>(a, block_index());
   const T* x = reinterpret_cast<const T*>(row.x);
@@ -280,6 +286,7 @@ __device__ __forceinline__ float gradient(bool log, float y, float dy, float sum
 template <class T, int kThreads, int kItems, bool kAligned>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
     softmax_bwd_rows(const __grid_constant__ SoftmaxBackward a) {
+  note_shared<kThreads == 32 ? 0 : kRowBytes>();
   using C = Columns<T, kThreads, kAligned>;
   constexpr int kGroups = kItems / C::kWidth;
   const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
@@ -309,10 +316,11 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   }
 }
 
-// As softmax_bwd_rows, of an aligned row that a cluster of blocks holds: y in registers, dy in shared memory, where each
-// thread reads what it brought.
+// As softmax_bwd_rows, of an aligned row that a cluster of blocks holds: y in registers, dy in shared memory, where
+// each thread reads what it brought.
 template <class T>
 __global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_constant__ SoftmaxBackward a) {
+  note_shared<kClusterBytes<T>>();
   using C = Columns<T, 1024, true>;
   constexpr int kGroups = kClusterItems / C::kWidth;
   const int blocks = cluster_size(), t = thread_index();
@@ -359,8 +367,7 @@ __global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_co
     float dys[C::kWidth];
     C::load(dys, held(c));
 #pragma unroll
-    for (int e = 0; e < C::kWidth; e++)
-      dys[e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[e], sum);
+    for (int e = 0; e < C::kWidth; e++) dys[e] = static_cast<float>(a.scale) * gradient(a.log, ys[c][e], dys[e], sum);
     C::store(dx + j, dys);
   }
   if (FAULT != 25) cluster_wait();
@@ -368,6 +375,7 @@ __global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_co
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(1024) softmax_bwd_long_rows(const __grid_constant__ SoftmaxBackward a) {
+  note_shared<kRowBytes>();
   using C = Columns<T, 1024, kAligned>;
   const int64_t i = block_index() % a.y.size[2], l = block_index() / a.y.size[2], l0 = l / a.y.size[1],
                 l1 = l % a.y.size[1];

@@ -35,6 +35,7 @@ __device__ float value(uint32_t u) {
 }
 
 __device__ void fill_shared(const uint32_t* in) {
+  note_shared<kSharedBytes>();
   for (int i = thread_index(); i < kSharedBytes / 4; i += kThreads) *words(4 * i) = in[i];
   block_barrier();
 }
@@ -220,7 +221,7 @@ int main() {
   run("exchange", "bits", probe_exchange, raw, 14 * kThreads);
   run("memory_128", "bits", probe_memory, raw, 4 * kThreads);
   run("atomic_add", "bits", probe_atomic, raw, 2 * kThreads + 8);
-  if (has_clusters(probe_cluster))
+  if (has_clusters(probe_cluster, kSharedBytes))
     run("cluster", "bits", probe_cluster, raw, 4 * 6 * kThreads, 4);
   else
     std::printf("cluster absent\n");

@@ -1,10 +1,10 @@
 // The executor of the host model: fibers on one OS thread, and the exchanges between the lanes of a warp.
 //
 // Scheduling is warp-greedy, the most skewed legal order: a warp runs as far as it can before the next one starts. Seed
-// 0 takes blocks (or clusters), warps and lanes in ascending order, 1 descending, 2 blocks and warps in random order, 3 and above
-// also leave a warp at random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer each CUDA
-// thread is a fiber it knows, switches order nothing, and barriers are its acquire and release; this file itself is
-// compiled without it.
+// 0 takes blocks (or clusters), warps and lanes in ascending order, 1 descending, 2 blocks and warps in random order, 3
+// and above also leave a warp at random collectives. (Lock-step order hides a missing barrier.) Under ThreadSanitizer
+// each CUDA thread is a fiber it knows, switches order nothing, and barriers are its acquire and release; this file
+// itself is compiled without it.
 #include "device.h"
 
 #include <cstdarg>
@@ -91,8 +91,8 @@ struct Lane {
   const void* mine = nullptr;  // what it brings to the collective it waits in
   const char* what = nullptr;
   void* tsan = nullptr;
-  bool fenced = false;         // whether what it did before is ordered before its atomic accesses
-  std::vector<int*> observed;  // by atomic accesses: ordered before what follows its next fence
+  bool fenced = false;            // whether what it did before is ordered before its atomic accesses
+  std::vector<int*> observed;     // by atomic accesses: ordered before what follows its next fence
   int64_t phase = 0, waited = 0;  // of the cluster's barrier: the opening it arrived for, and waited for
 };
 
@@ -236,8 +236,8 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   vsnprintf(text, sizeof text, format, arguments);
   va_end(arguments);
-  error = std::string(text) + " (block " + std::to_string(block_index()) + ", thread " + std::to_string(lane->index) +
-          ")";
+  error =
+      std::string(text) + " (block " + std::to_string(block_index()) + ", thread " + std::to_string(lane->index) + ")";
   leave(kDone);
   abort();
 }

@@ -107,6 +107,10 @@ inline void ldmatrix(uint32_t (&r)[4], uint32_t address, bool trans) {
 inline int thread_index() { return model::thread_index(); }
 inline int64_t block_index() { return model::block_index(); }
 inline char* shared_memory() { return model::shared_memory(); }
+template <int kBytes>
+void note_shared() {
+  if (model::shared_bytes() != kBytes) model::fail("the launcher gave %d bytes of %d", model::shared_bytes(), kBytes);
+}
 inline uint32_t shared_address(const void* p) {
   const int64_t offset = static_cast<const char*>(p) - model::shared_memory();
   if (offset < 0 || offset >= model::shared_bytes())
@@ -225,7 +229,7 @@ const char* launch(void (*kernel)(Problem), int64_t blocks, int threads, int sha
   return model::launch(blocks, threads, shared_bytes, cluster, [&] { kernel(problem); });
 }
 template <class Problem>
-bool has_clusters(void (*)(Problem)) {
+bool has_clusters(void (*)(Problem), int) {
   return true;
 }
 inline const char* device_problem() { return nullptr; }

@@ -366,11 +366,12 @@ int decode(int number, bool small, unsigned seed, int fault) {
 int softmax(int number, bool small) {
   Heap heap;
   const Dtype dtypes[] = {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16}, dtype = dtypes[draw(0, 2)];
-  const int lengths[] = {draw(1, 40),      draw(200, 300),   draw(1000, 1100),    draw(1025, 3000),
+  const int lengths[] = {draw(1, 40),      draw(200, 300),   draw(1000, 1100),  draw(1025, 3000),
                          8 * draw(1, 140), draw(8190, 9000), draw(32760, 40000)};
-  const int of_clusters = maybe(2) ? draw(32769, 140000) : 8 * draw(4097, 33000);  // of 2, 4, 8 blocks, or too long
+  const int of_clusters = maybe(2) ? draw(32769, 131072) : 8 * draw(4097, 32768);  // of 2, 4 or 8 blocks
+  const int longer = maybe(2) ? draw(131073, 140000) : 8 * draw(32769, 34000);
   const bool wide = number % 8 == 7;
-  const int N = wide ? (small ? 40000 : of_clusters) : lengths[draw(0, small ? 4 : 6)];
+  const int N = wide ? (small ? 40000 : number % 16 == 7 ? of_clusters : longer) : lengths[draw(0, small ? 4 : 6)];
   const int M = wide ? 1 : N > 4000 ? draw(1, 2) : draw(1, 9), pad = maybe(2) ? 8 : 1;
   Softmax p{};
   p.x = heap.make(dtype, {draw(1, 2), 2, M, N}, [] { return 2 * normal(); }, maybe(2), pad);
