@@ -18,7 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_argument("--backend", choices=backends.ORDER, action="append", help="only this one; may be repeated")
     command.add_argument("--markdown", action="store_true", help="print the support table as the README has it")
     commands.add_parser(
-        "inspect", add_help=False, help="registers, spills, shared memory of each Triton kernel on each GPU"
+        "inspect", add_help=False, help="registers, spills, shared memory of each Triton or CUDA kernel on each GPU"
     )
     commands.add_parser("tune", add_help=False, help="measures the tiles of the Triton kernels on this machine's GPU")
     text.add(commands)

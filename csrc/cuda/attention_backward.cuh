@@ -36,31 +36,6 @@ struct BackwardTile {
   static_assert(kDkdvBytes <= 101376 && kDqBytes <= 101376, "99 KiB of sm_120");
 };
 
-// Score and the derivative of the softcap, for every option at once.
-__device__ __forceinline__ float adjusted(float s, const AttentionSpec& spec, const Extras& extras, const Span& x,
-                                          int i, int j, float& derivative) {
-  const float softcap = spec.softcap;
-  float y = s * static_cast<float>(spec.scale);
-  derivative = 1.f;
-  if (softcap != 0.f) {
-    const float t = tanhf(y / softcap);
-    y = softcap * t, derivative = 1.f - t * t;
-  }
-  if (i < x.Nq && j < x.Nk) {
-    const Tensor &slopes = extras.alibi_slopes, &bias = extras.bias;
-    if (bias.data) {
-      const int64_t at = x.b * bias.stride[0] + x.h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
-      y += float_at(bias.data, bias.dtype, at);
-    }
-    if (slopes.data) {
-      const float slope = slopes.dim == 2 ? *at<float>(slopes, x.b, x.h) : *at<float>(slopes, x.h);
-      y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
-    }
-    if (extras.mask.data && !*at<bool>(extras.mask, x.b, x.h, i, j)) y = -kInf;
-  }
-  return y;
-}
-
 // s (16, 8 kN) += a b^T; addresses of this lane's first rows of a and b.
 template <class T, int kHeadDim, int kN>
 __device__ __forceinline__ void add_rows(float (&s)[kN][4], uint32_t a, uint32_t b) {
@@ -209,6 +184,7 @@ __global__ void __launch_bounds__(128) attention_bwd_dkdv(const __grid_constant_
     const auto soften = [&](uint32_t q_tile) {
       const float* numbers = reinterpret_cast<const float*>(shared_memory() + (q_tile - base) + B::kTileBytes);
       const bool edge = m0 < all_from || m0 + BLOCK_M > all_to;
+      const float slope = kGeneral ? slope_of(p.extras.alibi_slopes, x.b, x.h) : 0.f;
 #pragma unroll
       for (int n = 0; n < BLOCK_M / 8; n++) {
         const int column = n * 8 + lane % 4 * 2;
@@ -218,7 +194,10 @@ __global__ void __launch_bounds__(128) attention_bwd_dkdv(const __grid_constant_
           for (int e = 0; e < 2; e++) {
             const int i = m0 + column + e, j = n0 + warp_row + lane / 4 + r * 8;
             float y = s[n][r * 2 + e] * (kGeneral ? 1.f : c), derivative = 1.f;
-            if constexpr (kGeneral) y = adjusted(y, p.spec, p.extras, x, i, j, derivative) * kLog2e;
+            if constexpr (kGeneral) {
+              if (i < x.Nq && j < x.Nk)
+                y = score_of(y, p.spec, p.extras, x.b, x.h, i, j, slope, i + x.Nk - x.Nq - j, derivative) * kLog2e;
+            }
             if (edge && (j < i + band.low || (FAULT == 34 ? j > i + band.high : j >= i + band.high))) y = -kInf;
             const float probability = exp2_approx(y - numbers[column + e]);
             s[n][r * 2 + e] = probability;
@@ -313,6 +292,7 @@ __global__ void __launch_bounds__(128) attention_bwd_dq(const __grid_constant__ 
   }
   float dq[kHeadDim / 8][4] = {};
   const float scale = p.spec.scale, c = scale * kLog2e;
+  const float slope = kGeneral ? slope_of(p.extras.alibi_slopes, x.b, x.h) : 0.f;
   int slot = 0;
   const auto next = [&](int tile) {
     FAULT == 41 ? cp_async_wait<kRing - 1>() : cp_async_wait<kRing - 2>();
@@ -338,7 +318,10 @@ __global__ void __launch_bounds__(128) attention_bwd_dq(const __grid_constant__ 
         for (int e = 0; e < 2; e++) {
           const int i = x.m0 + warp_row + lane / 4 + r * 8, j = n0 + n * 8 + lane % 4 * 2 + e;
           float y = s[n][r * 2 + e] * (kGeneral ? 1.f : c), derivative = 1.f;
-          if constexpr (kGeneral) y = adjusted(y, p.spec, p.extras, x, i, j, derivative) * kLog2e;
+          if constexpr (kGeneral) {
+            if (i < x.Nq && j < x.Nk)
+              y = score_of(y, p.spec, p.extras, x.b, x.h, i, j, slope, i + x.Nk - x.Nq - j, derivative) * kLog2e;
+          }
           if (edge && (j < i + band.low || (FAULT == 44 ? j > i + band.high : j >= i + band.high) || j >= x.Nk))
             y = -kInf;
           dp[n][r * 2 + e] = exp2_approx(y - lse[r]) * (dp[n][r * 2 + e] - delta[r]) * derivative;

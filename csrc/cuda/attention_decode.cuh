@@ -205,18 +205,9 @@ __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
         const int r = e / 2, j = column0 + t * 8 + e % 2;
         const bool seen = j >= from[r] && j < to[r];
         if (a.general && seen) {
-          const float softcap = p.spec.softcap;
-          const Tensor &bias = p.extras.bias, &slopes = p.extras.alibi_slopes;
-          float y = s[t][e] * static_cast<float>(p.spec.scale);
-          if (softcap != 0.f) y = softcap * tanhf(y / softcap);
-          if (bias.data)
-            y += float_at(bias.data, bias.dtype,
-                          b * bias.stride[0] + h[r] * bias.stride[1] + i[r] * bias.stride[2] + j * bias.stride[3]);
-          if (slopes.data)
-            y -= (slopes.dim == 2 ? *at<float>(slopes, b, h[r]) : *at<float>(slopes, h[r])) *
-                 fabsf(static_cast<float>(i[r] + Nk - Nq - j));
-          if (p.extras.mask.data && !*at<bool>(p.extras.mask, b, h[r], i[r], j)) y = -kInf;
-          s[t][e] = y;
+          float derivative;
+          s[t][e] = score_of(s[t][e], p.spec, p.extras, b, h[r], i[r], j, slope_of(p.extras.alibi_slopes, b, h[r]),
+                             i[r] + Nk - Nq - j, derivative);
         }
         if (!seen) s[t][e] = -kInf;
       }

@@ -116,15 +116,12 @@ __device__ __forceinline__ Span span_of(const Tensor& q, const Tensor& k, const 
   return x;
 }
 
-// Scores of one warp tile, for every option at once: scale of any sign, softcap, bias, ALiBi, mask.
-// i: row, j: column of s[0]; they step by 8.
+// Scores of one warp tile with every option; i0: row, j0: column of s[0], which step by 8.
 template <int kMma, int kN>
 __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionForward& p, const Span& x, int i0,
                                        int j0) {
-  const float scale = p.spec.scale, softcap = p.spec.softcap;
-  const Tensor &slopes = p.extras.alibi_slopes, &bias = p.extras.bias;
-  float slope = 0.f;
-  if (slopes.data) slope = slopes.dim == 2 ? *at<float>(slopes, x.b, x.h) : *at<float>(slopes, x.h);
+  const float slope = slope_of(p.extras.alibi_slopes, x.b, x.h);
+  float derivative;
 #pragma unroll
   for (int m = 0; m < kMma; m++)
 #pragma unroll
@@ -132,21 +129,11 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const int i = i0 + m * 16 + e / 2 * 8, j = j0 + n * 8 + e % 2;
-        float y = s[m][n][e] * scale;
-        if (softcap != 0.f) y = softcap * tanhf(y / softcap);
-        if (i < x.Nq && j < x.Nk) {
-          if (bias.data) {
-            const int64_t at = x.b * bias.stride[0] + x.h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
-            y += float_at(bias.data, bias.dtype, at);
-          }
-          if (slopes.data) y -= slope * fabsf(static_cast<float>(i + x.Nk - x.Nq - j));
-          if (p.extras.mask.data && !*at<bool>(p.extras.mask, x.b, x.h, i, j)) y = -kInf;
-        }
-        s[m][n][e] = y;
+        if (i < x.Nq && j < x.Nk)
+          s[m][n][e] = score_of(s[m][n][e], p.spec, p.extras, x.b, x.h, i, j, slope, i + x.Nk - x.Nq - j, derivative);
       }
 }
 
-// kGeneral: an option that `adjust` knows, or a scale that is not positive.
 // What a row's acc is multiplied by, and its lse, from its maximum m (c takes it to base-2 units, scale to natural
 // ones) and sum l. A sink is one more key without a value. lse = scale m + log(sum), less what the rounding of m c put
 // into every term of the sum.
@@ -161,6 +148,7 @@ __device__ __forceinline__ RowEnd row_end(float m, float l, float sink, float c,
   return {sum == 0.f ? 0.f : alpha / sum, sum == 0.f ? -kInf : lse};
 }
 
+// kGeneral: an option that `score_of` knows, or a scale that is not positive.
 template <class T, int kHeadDim, bool kGeneral>
 __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
     attention_fwd(const __grid_constant__ AttentionForwardArgs a) {

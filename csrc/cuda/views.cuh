@@ -55,4 +55,30 @@ __device__ __forceinline__ float float_at(const char* data, Dtype dtype, int64_t
   return to_float(reinterpret_cast<const half*>(data)[i]);
 }
 
+// A head's ALiBi slope, 0 where there is none.
+__device__ __forceinline__ float slope_of(const Tensor& slopes, int64_t b, int64_t h) {
+  return !slopes.data ? 0.f : slopes.dim == 2 ? *at<float>(slopes, b, h) : *at<float>(slopes, h);
+}
+
+// The score of query i and key j, which are there, from their product, with every option: scale of any sign, softcap,
+// bias, ALiBi, mask. distance: between key and query; derivative: the softcap's.
+__device__ __forceinline__ float score_of(float product, const AttentionSpec& spec, const Extras& extras, int64_t b,
+                                          int64_t h, int i, int j, float slope, int distance, float& derivative) {
+  const float softcap = spec.softcap;
+  const Tensor& bias = extras.bias;
+  float y = product * static_cast<float>(spec.scale);
+  derivative = 1.f;
+  if (softcap != 0.f) {
+    const float t = tanhf(y / softcap);
+    y = softcap * t, derivative = 1.f - t * t;
+  }
+  if (bias.data) {
+    const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
+    y += float_at(bias.data, bias.dtype, at);
+  }
+  if (extras.alibi_slopes.data) y -= slope * fabsf(static_cast<float>(distance));
+  if (extras.mask.data && !*at<bool>(extras.mask, b, h, i, j)) y = -kInf;
+  return y;
+}
+
 }  // namespace llmfast::cuda
