@@ -3,6 +3,7 @@ evaluate | attention-map"""
 
 import argparse
 import json
+import os
 import sys
 
 from . import backends, check, info
@@ -10,6 +11,17 @@ from .text import commands as text
 
 
 def main(arguments: list[str] | None = None) -> None:
+    try:
+        try:
+            run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # what read us, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="llmfast", description="Fused attention and softmax for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("info", help="what this machine has and which backends can run")

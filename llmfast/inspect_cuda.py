@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
-from .inspect_kernels import SHARED, Compiled, instructions
+from .machine_code import SHARED, Compiled, instructions
 
 FOLDER = Path(__file__).parent.parent / "csrc"
 ARCHS = {"sm_80": "80", "sm_90": "90a", "sm_100": "100a", "sm_120": "120"}  # as nvcc calls them

@@ -15,67 +15,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import torch
 
-# bytes of shared memory that a block may have, the tensor-core instruction
-SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
-MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "V_MFMA"}
+from . import inspect_cuda
+from .machine_code import SHARED, Compiled, instructions
+
 ARCHS = tuple(SHARED)
-SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
 ROWS = ("softmax", "cross_entropy")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Compiled(NamedTuple):
-    """One kernel for one GPU. spills: bytes of registers kept in local memory, loaded and stored by LDL and STL."""
-
-    kernel: str
-    problem: str
-    arch: str
-    registers: int
-    spills: int
-    shared: int
-    warps: int
-    instructions: Counter
-
-    def faults(self) -> list[str]:
-        """Why a launch would fail or waste the tensor cores."""
-        found = []
-        if self.shared > SHARED[self.arch]:
-            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED[self.arch]}")
-        if (
-            self.kernel in TENSOR_CORE
-            and "fp32" not in self.problem
-            and not any(self.instructions[i] for i in MMA.values())
-        ):
-            found.append("no tensor-core instruction")
-        return found
-
-    def __str__(self) -> str:
-        return f"{self.arch} {self.problem}\n{self.lines(10**6)}"
-
-    def lines(self, width: int) -> str:
-        """The figures, and what instructions there are behind them or, where the width ends, below; faults last."""
-        figures = (
-            f"  {self.kernel:22s} {self.warps:2d} warps {self.registers:3d} registers "
-            f"{self.spills:5d} B spilled {self.shared:6d} B shared"
-        )
-        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
-        whole = dict(break_long_words=False, break_on_hyphens=False)
-        below = textwrap.TextWrapper(width, initial_indent=" " * 4, subsequent_indent=" " * 4, **whole).wrap
-        rows = [f"{figures}  {mix}"] if len(figures) + 2 + len(mix) <= width else [figures, *below(mix)]
-        return "\n".join([*(row.rstrip() for row in rows), *below("; ".join(self.faults()))])
-
-
-TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_fwd_tma", "attention_bwd_dkdv", "attention_bwd_dq")
 
 
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS)) -> Iterator[tuple]:
@@ -234,11 +187,6 @@ def _read(name, binary, metadata, problem, arch):
     return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, mix)
 
 
-def instructions(text: str) -> Counter:
-    """How often each instruction stands in a disassembly."""
-    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text))
-
-
 def _read_amd(name, binary, metadata, problem, arch):
     """The same from the assembly that Triton keeps beside the machine code; spills are bytes of scratch a lane."""
     from triton.runtime.cache import get_cache_manager
@@ -267,8 +215,6 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     faults, width, heading = 0, shutil.get_terminal_size().columns, None
     if chosen.cuda:
-        from . import inspect_cuda
-
         if reason := inspect_cuda.cannot(chosen.arch or ()):
             parser.error(reason)
         kernels = inspect_cuda.inspect(chosen.arch or inspect_cuda.ARCHS, chosen.kernel)

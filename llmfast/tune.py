@@ -26,7 +26,8 @@ import torch
 from . import cases
 from .backends import reference
 from .environment import tiles_path
-from .inspect_kernels import ARCHS, DTYPES, SHARED, driver_for, read
+from .inspect_kernels import ARCHS, DTYPES, driver_for, read
+from .machine_code import SHARED
 from .spec import (
     NO_CROSS_ENTROPY_EXTRAS,
     NO_EXTRAS,

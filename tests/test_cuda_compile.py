@@ -17,7 +17,7 @@ import torch
 from cuda_model import conformance
 
 from llmfast import _cpu, inspect_cuda
-from llmfast.inspect_kernels import SHARED
+from llmfast.machine_code import SHARED
 
 ROOT = Path(__file__).parent.parent
 BUILD = ROOT / "build" / "cuda_compile"

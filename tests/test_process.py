@@ -204,3 +204,12 @@ def test_interrupt_during_a_long_call():
         assert child.returncode == 0
     finally:
         child.kill()
+
+
+def test_a_reader_that_leaves_is_no_fault():
+    """As in `llmfast info | head -1`."""
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, "-m", "llmfast", "info"], stdout=pipe, stderr=pipe, cwd=ROOT)
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait() == 1

@@ -13,7 +13,8 @@ import jobs
 import pytest
 
 from llmfast import inspect_kernels
-from llmfast.inspect_kernels import MMA, ROWS, SHARED, TENSOR_CORE, Compiled
+from llmfast.inspect_kernels import ROWS
+from llmfast.machine_code import MMA, SHARED, SHOWN, TENSOR_CORE, Compiled
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -156,7 +157,7 @@ def test_faults_are_told():
 
 def test_figures_at_any_width():
     """Nothing is cut or runs into the next line; where the terminal is wide enough each kernel has one line."""
-    mix = Counter({name: 1000 + i for i, name in enumerate(inspect_kernels.SHOWN)})
+    mix = Counter({name: 1000 + i for i, name in enumerate(SHOWN)})
     c = Compiled("attention_decode_merge", "fp16 D=256 everything", "sm_100", 255, 12345, 232449, 32, mix)
     narrow = c.lines(80)
     assert all(len(line) <= 80 for line in narrow.splitlines())

@@ -113,6 +113,39 @@ struct Columns {
   }
 };
 
+// A thread's scores of a row, where column(c) is the first of each group, and their maximum.
+template <bool kPlain, class T, int kGroups, int kWidth, class Column>
+__device__ __forceinline__ float take(const Softmax& a, const Row& row, const T* x, Column column,
+                                      float (&s)[kGroups][kWidth]) {
+  float m = -kInf;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++) {
+    const int64_t j = column(c);
+    if (j < row.visible) Columns<T, 32, (kWidth > 1)>::load(s[c], x + j);
+#pragma unroll
+    for (int e = 0; e < kWidth; e++) {
+      s[c][e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[c][e]) : -kInf;
+      m = fmaxf(m, s[c][e]);
+    }
+  }
+  return m;
+}
+
+// The sum of e^(s - m), which takes the place of s unless the logarithm is wanted.
+template <int kGroups, int kWidth>
+__device__ __forceinline__ float to_exponentials(float (&s)[kGroups][kWidth], float m, bool log) {
+  float l = 0.f;
+#pragma unroll
+  for (int c = 0; c < kGroups; c++)
+#pragma unroll
+    for (int e = 0; e < kWidth; e++) {
+      const float p = exponential(s[c][e], m);
+      l += p;
+      if (!log) s[c][e] = p;
+    }
+  return l;
+}
+
 // kThreads threads hold a row, kItems values each; 32 threads: kRowsPerBlock rows a block, else one. 32 items of 1024
 // threads are 32768 columns in 32 of the 64 registers a thread of 1024 may have. kPlain: aligned rows, no mask, no
 // bias.
@@ -131,33 +164,14 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   const int64_t N = a.x.size[3];
   const int t = thread_index() % kThreads;
 
+  const auto column = [&](int c) { return C::first(c, t); };
   float s[kGroups][C::kWidth];
-  float m = -kInf;
-#pragma unroll
-  for (int c = 0; c < kGroups; c++) {
-    const int64_t j = C::first(c, t);
-    if (j < row.visible) C::load(s[c], x + j);
-#pragma unroll
-    for (int e = 0; e < C::kWidth; e++) {
-      s[c][e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[c][e]) : -kInf;
-      m = fmaxf(m, s[c][e]);
-    }
-  }
-  m = row_max<kThreads>(m);
-  float l = 0.f;
-#pragma unroll
-  for (int c = 0; c < kGroups; c++)
-#pragma unroll
-    for (int e = 0; e < C::kWidth; e++) {
-      const float p = exponential(s[c][e], m);
-      l += p;
-      if (!a.log) s[c][e] = p;
-    }
-  l = row_sum<kThreads>(l);
+  const float m = row_max<kThreads>(take<kPlain>(a, row, x, column, s));
+  const float l = row_sum<kThreads>(to_exponentials(s, m, a.log));
   const float inverse = l == 0.f ? 0.f : 1.f / l, lse = l == 0.f ? 0.f : m + logf(l);
 #pragma unroll
   for (int c = 0; c < kGroups; c++) {
-    const int64_t j = C::first(c, t);
+    const int64_t j = column(c);
 #pragma unroll
     for (int e = 0; e < C::kWidth; e++) s[c][e] = a.log ? s[c][e] - lse : s[c][e] * inverse;
     if (FAULT == 14 ? j <= N : j < N) C::store(y + j, s[c]);
@@ -197,28 +211,8 @@ __global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_consta
   const auto column = [&](int c) { return C::first(c * blocks + (FAULT == 16 ? 0 : cluster_rank()), t); };
 
   float s[kGroups][C::kWidth];
-  float m = -kInf;
-#pragma unroll
-  for (int c = 0; c < kGroups; c++) {
-    const int64_t j = column(c);
-    if (j < row.visible) C::load(s[c], x + j);
-#pragma unroll
-    for (int e = 0; e < C::kWidth; e++) {
-      s[c][e] = j + e < row.visible ? score<!kPlain>(a, row, j + e, s[c][e]) : -kInf;
-      m = fmaxf(m, s[c][e]);
-    }
-  }
-  m = row_max<1024>(m);
-  float l = 0.f;
-#pragma unroll
-  for (int c = 0; c < kGroups; c++)
-#pragma unroll
-    for (int e = 0; e < C::kWidth; e++) {
-      const float p = exponential(s[c][e], m);
-      l += p;
-      if (!a.log) s[c][e] = p;
-    }
-  l = row_sum<1024>(l);
+  const float m = row_max<1024>(take<kPlain>(a, row, x, column, s));
+  float l = row_sum<1024>(to_exponentials(s, m, a.log));
   float* mine = reinterpret_cast<float*>(shared_memory()) + 64;
   if (t == 0) mine[0] = m, mine[1] = l;
   if (FAULT != 17) cluster_arrive(), cluster_wait();

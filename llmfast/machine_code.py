@@ -1,0 +1,58 @@
+"""What a compiled kernel shows without a GPU: registers, spills, shared memory, instructions; limits of the GPUs."""
+
+import re
+import textwrap
+from collections import Counter
+from typing import NamedTuple
+
+# bytes of shared memory that a block may have, the tensor-core instruction
+SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, "gfx942": 65536}
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "V_MFMA"}
+SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
+TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_fwd_tma", "attention_bwd_dkdv", "attention_bwd_dq")
+
+
+class Compiled(NamedTuple):
+    """One kernel for one GPU. spills: bytes of registers kept in local memory, loaded and stored by LDL and STL."""
+
+    kernel: str
+    problem: str
+    arch: str
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+    instructions: Counter
+
+    def faults(self) -> list[str]:
+        """Why a launch would fail or waste the tensor cores."""
+        found = []
+        if self.shared > SHARED[self.arch]:
+            found.append(f"{self.shared} bytes of shared memory, {self.arch} has {SHARED[self.arch]}")
+        if (
+            self.kernel in TENSOR_CORE
+            and "fp32" not in self.problem
+            and not any(self.instructions[i] for i in MMA.values())
+        ):
+            found.append("no tensor-core instruction")
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.arch} {self.problem}\n{self.lines(10**6)}"
+
+    def lines(self, width: int) -> str:
+        """The figures, and what instructions there are behind them or, where the width ends, below; faults last."""
+        figures = (
+            f"  {self.kernel:22s} {self.warps:2d} warps {self.registers:3d} registers "
+            f"{self.spills:5d} B spilled {self.shared:6d} B shared"
+        )
+        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
+        whole = dict(break_long_words=False, break_on_hyphens=False)
+        below = textwrap.TextWrapper(width, initial_indent=" " * 4, subsequent_indent=" " * 4, **whole).wrap
+        rows = [f"{figures}  {mix}"] if len(figures) + 2 + len(mix) <= width else [figures, *below(mix)]
+        return "\n".join([*(row.rstrip() for row in rows), *below("; ".join(self.faults()))])
+
+
+def instructions(text: str) -> Counter:
+    """How often each instruction stands in a disassembly."""
+    return Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", text))
