@@ -231,6 +231,8 @@ FAULTS = {
     42: ("backward", "dq: no barrier before a tile is used", "tsan"),
     43: ("backward", "dq: a tile is loaded into the slot in use", "tsan"),
     44: ("backward", "dq: the band is one key too wide", None),
+    81: ("backward", "delta lacks a shuffle", None),
+    82: ("backward", "delta reads one column past the end", "asan"),
     61: ("decode", "waits for one cp.async group too few", "tsan"),
     62: ("decode", "no fence between the partial results and the count", "race"),
     63: ("decode", "no barrier between the partial results and the count", "race"),

@@ -19,6 +19,12 @@ struct AttentionDecode {
 };
 const char* attention_decode(const AttentionDecode& problem, void* stream);
 
+// delta float32 from o and dout of one dtype, float16 or bfloat16, the last dimension of both contiguous.
+struct RowDot {
+  Tensor o, dout, delta;
+};
+const char* attention_rowdot(const RowDot& problem, void* stream);
+
 // dq, dk and dv from dout, q, k, v (16-byte aligned rows), lse and delta float32; dbias, dsinks and o are not looked
 // at.
 const char* attention_backward(const AttentionBackward& problem, void* stream);

@@ -15,9 +15,6 @@ namespace llmfast::cuda {
 constexpr int kRowsPerBlock = 4;                   // of one warp each
 constexpr int kRowBytes = 2 * 32 * sizeof(float);  // shared memory: a result of each warp, of two reductions
 
-template <class T>
-constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
-
 struct Row {
   char *x, *y, *mask, *bias;  // first column; mask and bias may be absent
   int64_t visible;            // columns [0, visible) count unless masked
@@ -79,39 +76,6 @@ template <int kThreads>
 __device__ __forceinline__ float row_sum(float x) {
   return reduce<kThreads>(x, FAULT == 13 ? 0 : 1, [](float a, float b) { return a + b; });
 }
-
-// The columns of item c of thread t: kVector neighbours where rows are 16-byte aligned, single ones otherwise.
-template <class T, int kThreads, bool kAligned>
-struct Columns {
-  static constexpr int kWidth = kAligned ? kVector<T> : 1;
-
-  __device__ __forceinline__ static int64_t first(int64_t c, int t) { return (c * kThreads + t) * kWidth; }
-  __device__ __forceinline__ static void load(float (&x)[kWidth], const T* p) {
-    if constexpr (kAligned) {
-      const uint4 bits = load_128(p);
-      const T* e = reinterpret_cast<const T*>(&bits);
-#pragma unroll
-      for (int i = 0; i < kWidth; i++) x[i] = to_float(e[i]);
-    } else {
-      x[0] = to_float(*p);
-    }
-  }
-  __device__ __forceinline__ static void store(T* p, const float (&x)[kWidth]) {
-    if constexpr (kAligned) {
-      uint32_t w[4];  // whole words: from single elements nvcc makes eight stores
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        if constexpr (kWidth == 4)
-          w[i] = reinterpret_cast<const uint32_t&>(x[i]);
-        else
-          w[i] = pack<T>(x[2 * i], x[2 * i + 1]);
-      }
-      store_128(p, {w[0], w[1], w[2], w[3]});
-    } else {
-      *p = from_float<T>(x[0]);
-    }
-  }
-};
 
 // A thread's scores of a row, where column(c) is the first of each group, and their maximum.
 template <bool kPlain, class T, int kGroups, int kWidth, class Column>

@@ -55,6 +55,42 @@ __device__ __forceinline__ float float_at(const char* data, Dtype dtype, int64_t
   return to_float(reinterpret_cast<const half*>(data)[i]);
 }
 
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of a 128-bit access
+
+// The columns of item c of thread t: kVector neighbours where rows are 16-byte aligned, single ones otherwise.
+template <class T, int kThreads, bool kAligned>
+struct Columns {
+  static constexpr int kWidth = kAligned ? kVector<T> : 1;
+
+  __device__ __forceinline__ static int64_t first(int64_t c, int t) { return (c * kThreads + t) * kWidth; }
+  __device__ __forceinline__ static void load(float (&x)[kWidth], const T* p) {
+    if constexpr (kAligned) {
+      const uint4 bits = load_128(p);
+      const T* e = reinterpret_cast<const T*>(&bits);
+#pragma unroll
+      for (int i = 0; i < kWidth; i++) x[i] = to_float(e[i]);
+    } else {
+      x[0] = to_float(*p);
+    }
+  }
+  __device__ __forceinline__ static void store(T* p, const float (&x)[kWidth]) {
+    if constexpr (kAligned) {
+      uint32_t w[4];  // whole words: from single elements nvcc makes eight stores
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        if constexpr (kWidth == 4)
+          w[i] = reinterpret_cast<const uint32_t&>(x[i]);
+        else
+          w[i] = pack<T>(x[2 * i], x[2 * i + 1]);
+      }
+      store_128(p, {w[0], w[1], w[2], w[3]});
+    } else {
+      *p = from_float<T>(x[0]);
+    }
+  }
+};
+
 // A head's ALiBi slope, 0 where there is none.
 __device__ __forceinline__ float slope_of(const Tensor& slopes, int64_t b, int64_t h) {
   return !slopes.data ? 0.f : slopes.dim == 2 ? *at<float>(slopes, b, h) : *at<float>(slopes, h);

@@ -6,7 +6,7 @@ import torch
 
 from ..ops import like
 from ..spec import Grads
-from . import Op, reference
+from . import Op
 
 try:
     from .. import _cuda
@@ -107,7 +107,12 @@ def attention_op(refuses, launch) -> Op:
         launch("attention_backward", q, *rows, lse, delta, dq, dk, dv, spec, extras)
         return Grads(dq, dk, dv, None, dsinks)
 
-    return Op(supports, forward, backward, reference.rowdot, decode)
+    def rowdot(o, do):
+        delta = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
+        launch("attention_rowdot", o, _row(o), _row(do), delta)
+        return delta
+
+    return Op(supports, forward, backward, rowdot, decode)
 
 
 def softmax_op(refuses, launch) -> Op:
@@ -116,13 +121,11 @@ def softmax_op(refuses, launch) -> Op:
             return why
         return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
 
-    row = lambda t: t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous()
-
     def forward(x, out, spec, extras):
-        rows = row(x)
+        rows = _row(x)
         y = (
             out
-            if out is not None and row(out) is out
+            if out is not None and _row(out) is out
             else torch.empty_like(rows, memory_format=torch.contiguous_format)
         )
         if extras.bias is not None:
@@ -133,10 +136,10 @@ def softmax_op(refuses, launch) -> Op:
     def backward(dy, y, spec, extras):
         dx = torch.empty_like(y, memory_format=torch.contiguous_format)
         if extras.bias is None:
-            launch("softmax_backward", y, row(dy), row(y), dx, spec.scale, spec.log)
+            launch("softmax_backward", y, _row(dy), _row(y), dx, spec.scale, spec.log)
             return dx, None
         ds = torch.empty_like(dx, dtype=torch.float32)  # dbias sums what dx rounds
-        launch("softmax_backward", y, row(dy.float()), row(y.float()), ds, 1.0, spec.log)
+        launch("softmax_backward", y, _row(dy.float()), _row(y.float()), ds, 1.0, spec.log)
         return dx.copy_(ds * spec.scale), ds.sum_to_size(extras.bias.shape).to(extras.bias.dtype)
 
     return Op(supports, forward, backward)
@@ -148,23 +151,26 @@ def cross_entropy_op(refuses, launch) -> Op:
             return why
         return None if x.dtype in _SOFTMAX_DTYPES else f"dtype {str(x.dtype)[6:]} is not float32, bfloat16 or float16"
 
-    row = lambda t: t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
     def forward(x, target, spec, extras):
         loss, lse = (torch.empty(x.shape[0], dtype=torch.float32, device=x.device) for _ in range(2))
         weight = None if extras.weight is None else extras.weight.float()
-        launch("cross_entropy", x, row(x), target, weight, None, loss, lse, None, spec)
+        launch("cross_entropy", x, _row(x), target, weight, None, loss, lse, None, spec)
         return loss, lse
 
     def backward(dloss, x, target, lse, spec, extras, out=None):
         weight = None if extras.weight is None else extras.weight.float()
         total = None if weight is None else weight.sum()[None]
-        rows = row(x)
+        rows = _row(x)
         dx = rows if out is not None else torch.empty_like(rows, memory_format=torch.contiguous_format)
         launch("cross_entropy", x, rows, target, weight, total, dloss.float(), lse, dx, spec)
         return dx if out is None or out is dx else out.copy_(dx)
 
     return Op(supports, forward, backward)
+
+
+def _row(t):
+    """The tensor, or a copy where its last dimension is strided."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def _keys(k, extras):

@@ -243,6 +243,25 @@ int attention(int number, bool small, bool backward) {
       }
     }
   if (!backward) return 0;
+  const Tensor dots = heap.make(Dtype::kFloat32, {packed ? 1 : B, H, Nq}, [] { return kNan; });
+  if (const char* error = cuda::attention_rowdot({p.o, dout, dots}, nullptr)) {
+    std::printf("rowdot %d: %s\n", number, error);
+    return 1;
+  }
+  for (int b = 0; b < (packed ? 1 : B); b++)
+    for (int h = 0; h < H; h++)
+      for (int i = 0; i < Nq; i++) {
+        double sum = 0, size = 0;
+        for (int d = 0; d < Dv; d++) {
+          const double term = at(p.o, b, h, i, d) * at(dout, b, h, i, d);
+          sum += term, size += std::fabs(term);
+        }
+        const double got = get(dots, b * dots.stride[0] + h * dots.stride[1] + i * dots.stride[2]);
+        if (wrong(got, sum, 1e-5 * size)) {
+          std::printf("rowdot %d: delta[%d][%d][%d] is %g, not %g\n", number, b, h, i, got, sum);
+          return 1;
+        }
+      }
   const bool apart = maybe(2);
   const auto gradient = [&](int heads, int n, int d) {
     return heap.make(dtype, {packed ? 1 : B, heads, n, d}, [=] { return packed ? 0 : kNan; }, apart);
