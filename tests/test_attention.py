@@ -103,6 +103,21 @@ def test_nan_stays_in_its_sequence(backend):
     assert torch.equal(spoiled.o[0, 1], clean.o[0, 1])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "triton", "cuda"])
+def test_tiles_outside_the_window_are_not_visited(backend):
+    """NaN there would reach every sum. Of tiles to 128 rows the first and last are NaN, then o of their neighbours and
+    dk and dv of those beyond."""
+    case = cases.Case(1, 1, 1, 1024, 1024, 16, 16, dict(window=(20, 20)))
+    p = cases.problem(case, torch.float16, device=device_of(backend))
+    clean = run_or_skip(p, backend)
+    for t in (p.q, p.k, p.v, p.do):
+        t[:, :, :128] = t[:, :, 896:] = float("nan")
+    spoiled = run_or_skip(p, backend)
+    for n, t in (("o", clean.o), *clean.grads.items()):
+        got = spoiled.o if n == "o" else spoiled.grads[n]
+        assert torch.equal(got[:, :, 384:640], t[:, :, 384:640]), n
+
+
 @pytest.mark.parametrize("backend", backends.ORDER)
 def test_merge_of_two_halves(backend):
     p = cases.problem(cases.Case(1, 2, 2, 70, 128, 32, 32, {}), torch.float32, device=device_of(backend))._replace(

@@ -11,6 +11,7 @@ import shutil
 import cuda_model
 import jobs
 import pytest
+import test_attention as test_attention_of
 import test_cross_entropy
 import test_triton_decode
 import torch
@@ -154,6 +155,10 @@ def test_a_head_depends_on_itself_alone(cuda):
     assert spoiled.o[0, 0, 3].isnan().all()
     assert torch.equal(spoiled.o[1], whole.o[1])
     assert torch.equal(spoiled.o[0, 1], whole.o[0, 1])
+
+
+def test_tiles_outside_the_window_are_not_visited(cuda):
+    test_attention_of.test_tiles_outside_the_window_are_not_visited("cuda")
 
 
 def test_refusals_are_sentences(cuda):
