@@ -25,7 +25,8 @@ def target() -> str:
 
 
 # By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv and dq. Chosen by compiling
-# for each GPU (llmfast inspect): the largest tiles that keep registers (255 a thread) and shared memory within bounds.
+# for each GPU (llmfast inspect; llmfast tune --dry-run lists the neighbours): large tiles that keep registers (255 a
+# thread) and shared memory within bounds. "fits": larger would too; only that GPU can tell which is faster.
 TILES = {
     "sm_80": {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 64 x 64 in dkdv spills 216 B
@@ -38,23 +39,23 @@ TILES = {
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (128, 16, 8, 2)),  # 64 keys in dkdv spill 728 B, dq 64 x 32 32 B
     },
     "sm_100": {
-        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 167 registers; 128 keys fit at 228, in dq at 244
         128: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 4, 2)),  # two stages in dkdv spill 288 B with Triton 3.6
-        256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),
+        256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),  # fwd: 128 rows spill 184 B, 128 keys 88; 2 stages fit
     },
     "gfx942": {  # 64 KiB; 4 warps may use 512 registers a lane, 8 only 256; its compiler can't stage a bool mask
-        64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),
-        128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),
-        256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),  # 240, 327, 266 registers; 128 keys fit at 246 to 383
+        128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),  # 300, 319 and 363; twice the rows fit at 396 to 453
+        256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),  # 385, 456 and 427; in dkdv 64 keys spill 108 B
     },
-    "gfx942 float32": {256: ((16, 16, 4, 1),) * 3, 128: ((32, 32, 4, 1),) * 3},
+    "gfx942 float32": {256: ((16, 16, 4, 1),) * 3, 128: ((32, 32, 4, 1),) * 3},  # as float32, in warps of 512 registers
     "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
-        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),
-        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 128 keys spill 224 B in dq, 120 in dkdv
+        128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),  # 128 keys spill 224 B, 296 in dkdv; dq 128 x 64 56 B
+        256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),  # dkdv with 64 of either is over 99 KiB; fwd 64 keys fit
     },
     "float32": {  # multiply-adds instead of tensor cores: operands and results all in registers
-        64: ((32, 32, 4, 2),) * 3,
+        64: ((32, 32, 4, 2),) * 3,  # 64 of either spill 128 to 1256 B
         128: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 2)),  # dq in one stage keeps more: 88 B spilled
         256: ((16, 16, 8, 1),) * 3,
     },

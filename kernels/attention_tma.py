@@ -25,13 +25,13 @@ TILES = {
         256: (128, 32, 8, 2, 1),  # 192 KiB, of which o takes 64; 64 keys would be 256 KiB
     },
     "sm_100": {
-        64: (128, 64, 8, 2, 1),
+        64: (128, 64, 8, 2, 1),  # 147 registers; 128 keys fit at 235: only that GPU can tell which is faster
         128: (128, 64, 8, 2, 1),  # 128 x 128 spills 304 B
-        256: (64, 64, 8, 2, 1),
+        256: (64, 64, 8, 2, 1),  # 193 KiB: 128 of either, or a third stage, are over 227
     },
     "small": {  # 99 KiB: sm_120 and whatever is not listed; beyond 128 q fills the registers: 64 x 32 spills 688 B
-        64: (128, 64, 8, 2, 1),
-        128: (128, 64, 8, 2, 1),
+        64: (128, 64, 8, 2, 1),  # 163 registers; 128 keys fit at 237
+        128: (128, 64, 8, 2, 1),  # 128 keys spill 160 B
     },
 }
 L2 = 32 << 20  # bytes of k and v that the programs work on at a time: of the 50 MB of an H100 or H200
