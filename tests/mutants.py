@@ -135,6 +135,8 @@ MUTANTS = [Mutant(*row) for row in [
     (SOFTMAX, "totals[k] += sums[k / L][k % L];", "totals[k] = sums[k / L][k % L];", "a column's sum is that of its last 256 rows"),
     (SOFTMAX, "if (++at[1] == M1) at[1] = 0, at[0]++;", "if (++at[1] == M1) at[1] = 0;", "the outermost index stands still"),
     (SOFTMAX_BWD, "total((sums[0] + sums[1]) + (sums[2] + sums[3]))", "total(sums[0] + sums[1])", "half of a short row's gradient is not summed"),
+    (SOFTMAX_BWD, "store(all, sums<L>(s));", "store(all, s[0]);", "short rows take the lanes of the first for their sums"),
+    (SOFTMAX_BWD, "if (t.stride[k] != step * rows) return 0;", "", "rows that are not evenly spaced are taken for such"),
     (SOFTMAX, "v[k] = (v[k] * scale - m[k]) - l[k];", "v[k] = v[k] * scale - m[k];", "a column's logarithm lacks that of the sum"),
     (SOFTMAX, "for (int k = 0; k < 4; k++) { const __m256 high", "for (int k = 0; k < 3; k++) { const __m256 high", "every fourth vector is not summed"),
     # Triton

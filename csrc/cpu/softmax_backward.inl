@@ -51,6 +51,63 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
+// Numbers in a row of which kLanes rows of y and dy stay in 16 KiB, half of an L1.
+template <class T>
+constexpr int64_t kShort = (sizeof(T) == 2 ? 16 : 8) * kLanesOf<compute<T>>;
+
+// backward_row of a few rows, at most kLanes, so many elements apart, without bias or logarithm: their lanes are added
+// up together, where each row alone waits for its own.
+template <class T>
+LLMFAST_INLINE void short_rows(const T* y, int64_t y_step, const T* dy, int64_t dy_step, T* dx, int64_t dx_step,
+                               int64_t rows, int64_t n, compute<T> scale) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t whole = n / L * L;
+  V s[L] = {};
+  for (int64_t r = 0; r < rows; r++) {
+    const T *p = y + r * y_step, *q = dy + r * dy_step;
+    V sum{}, odd{};
+    int64_t j = 0;
+    for (; j + 2 * L <= n; j += 2 * L) {
+      V v, d, w, e;
+      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
+      sum += v * d, odd += w * e;
+    }
+    if (j < whole) sum += loadu(p + j) * loadu(q + j);
+    if (whole < n) odd += load_part(p + whole, n - whole) * load_part(q + whole, n - whole);
+    s[r] = sum + odd;
+  }
+  alignas(64) C all[L];
+  store(all, sums<L>(s));
+  for (int64_t r = 0; r < rows; r++) {
+    const T *p = y + r * y_step, *q = dy + r * dy_step;
+    T* const to = dx + r * dx_step;
+    int64_t j = 0;
+    for (; j + 2 * L <= n; j += 2 * L) {
+      V v, d, w, e;
+      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
+      store_two<true>(to + j, v * (d - all[r]) * scale, w * (e - all[r]) * scale);
+    }
+    if (j < whole) storeu(to + j, loadu(p + j) * (loadu(q + j) - all[r]) * scale);
+    if (whole < n)
+      store_part(to + whole, load_part(p + whole, n - whole) * (load_part(q + whole, n - whole) - all[r]) * scale,
+                 n - whole);
+  }
+}
+
+// How far apart rows are in memory, one like the next, or 0.
+inline int64_t step_of(const Tensor& t) {
+  int64_t step = 0, rows = 1;
+  for (int k = 2; k >= 0; k--) {
+    if (t.size[k] == 1) continue;
+    if (step == 0) step = t.stride[k];
+    if (t.stride[k] != step * rows) return 0;
+    rows *= t.size[k];
+  }
+  return step;
+}
+
 // backward_row of kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
 template <class T>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
@@ -93,6 +150,16 @@ void backward(const SoftmaxBackward& p) {
     const int64_t all = p.y.size[0] * L1 * groups;
 #pragma omp parallel for schedule(static) if (all > 1 && all * L * p.y.size[3] > 32768)
     for (int64_t t = 0; t < all; t++) backward_columns<T>(p, t / (L1 * groups), t / groups % L1, t % groups * L);
+    return;
+  }
+  const int64_t N = p.y.size[3], rows = p.y.size[0] * p.y.size[1] * p.y.size[2];
+  if (const int64_t y = step_of(p.y), dy = step_of(p.dy), dx = step_of(p.dx);
+      !p.dbias && !p.log && N <= kShort<T> && y && dy && dx) {
+    constexpr int64_t L = kLanesOf<compute<T>>;
+#pragma omp parallel for schedule(static) if (rows * N > 32768)
+    for (int64_t r = 0; r < rows; r += L)
+      short_rows(at<T>(p.y, 0, 0, 0) + r * y, y, at<T>(p.dy, 0, 0, 0) + r * dy, dy, at<T>(p.dx, 0, 0, 0) + r * dx, dx,
+                 min(L, rows - r), N, static_cast<compute<T>>(p.scale));
     return;
   }
   // Rows that add to the same element of dbias stay in one task, in order.
