@@ -128,7 +128,7 @@ MUTANTS = [Mutant(*row) for row in [
     # softmax
     (SOFTMAX, "l *= power(before - against.base), add();", "add();", "the running sum is not rescaled"),
     (SOFTMAX, "power(bases[j / kChunk] - against.base) * inverse", "inverse", "a chunk keeps the base that it was counted against"),
-    (SOFTMAX, "const C base = greatest(most); if (!(base > -kFar<C> && base < kFar<C>)) return false;", "const C base = greatest(most);", "numbers whose logarithm to base 2 overflows become 0"),
+    (SOFTMAX, "if (!(largest[r] > -kFar<C> && largest[r] < kFar<C>)) countable = false;", "", "numbers whose logarithm to base 2 overflows become 0"),
     (SOFTMAX, "static_cast<C>(n <= L ? total(sums[0])", "static_cast<C>(n <= 2 * L ? total(sums[0])", "a short row's second vector is not summed"),
     (SOFTMAX, "if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);", "", "what goes past the caches keeps its lanes exchanged"),
     (SOFTMAX, "some = inside ? v : V{};", "some = v;", "zeros beyond the row count"),
@@ -136,7 +136,7 @@ MUTANTS = [Mutant(*row) for row in [
     (SOFTMAX, "if (++at[1] == M1) at[1] = 0, at[0]++;", "if (++at[1] == M1) at[1] = 0;", "the outermost index stands still"),
     (SOFTMAX_BWD, "total((sums[0] + sums[1]) + (sums[2] + sums[3]))", "total(sums[0] + sums[1])", "half of a short row's gradient is not summed"),
     (SOFTMAX_BWD, "store(all, sums<L>(s));", "store(all, s[0]);", "short rows take the lanes of the first for their sums"),
-    (SOFTMAX_BWD, "if (t.stride[k] != step * rows) return 0;", "", "rows that are not evenly spaced are taken for such"),
+    (SOFTMAX, "if (t.stride[k] != step * rows) return 0;", "", "rows that are not evenly spaced are taken for such"),
     (SOFTMAX, "v[k] = (v[k] * scale - m[k]) - l[k];", "v[k] = v[k] * scale - m[k];", "a column's logarithm lacks that of the sum"),
     (SOFTMAX, "for (int k = 0; k < 4; k++) { const __m256 high", "for (int k = 0; k < 3; k++) { const __m256 high", "every fourth vector is not summed"),
     # Triton

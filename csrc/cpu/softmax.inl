@@ -2,9 +2,9 @@
 //
 // A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum,
 // exp and sum, write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result.
-// Without bias, mask and logarithm a row is read once: each chunk's exponentials wait in a buffer for the row's sum.
-// Where M is the contiguous dimension, a lane is a row; with bias, mask or causal kLanes rows are transposed into the
-// buffer and back.
+// Without bias, mask and logarithm a row is read once: each chunk's exponentials wait in a buffer for the row's sum;
+// and of short rows a group is taken at once, as a single one mostly waits for its own maximum and sum. Where M is the
+// contiguous dimension, a lane is a row; with bias, mask or causal kLanes rows are transposed into the buffer and back.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
@@ -226,6 +226,7 @@ struct Against {
   static C distance(C z) { return kBase2<C> ? z - kRound<C> : z; }
 };
 
+// 2^z or, in double, e^z for z <= 0.
 template <class T>
 LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
   using C = compute<T>;
@@ -238,42 +239,59 @@ LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
   }
 }
 
-// The softmax of at most 4 kLanes plain numbers, which stay in registers, against the largest; c and what it returns as
-// in plain_row.
+constexpr int kShortVectors = 8;  // of a row of which kLanes rows of exponentials are at most 8 KiB
+
+// The softmax of a few rows, at most kLanes, so many elements apart, of at most 8 kLanes plain numbers, each against
+// its largest; c and what it returns as in plain_row. Maxima and sums of all rows are on their way at once.
 template <class T>
-LLMFAST_INLINE bool short_row(const T* x, int64_t n, compute<T> c, T* y) {
+LLMFAST_INLINE bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, int64_t n,
+                               compute<T> c) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
   const V none = splat(-kInfOf<C>);
-  V v[4] = {}, most = none, sums[4] = {};
+  alignas(64) C kept[L * kShortVectors * L];
+  C largest[L], l[L];
   auto each = [&](auto&& f) __attribute__((always_inline)) {
     LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < kShortVectors; k++)
       if (k * L < n) f(k, n - k * L);
   };
-  auto within = [&](V z, int64_t left) __attribute__((always_inline)) {
-    return left >= L ? z : iota<C>() < static_cast<C>(left) ? z : none;
+  auto scaled = [&](const T* from, int64_t left, C base) __attribute__((always_inline)) {
+    if (left >= L) return loadu(from) * c - base;
+    return iota<C>() < static_cast<C>(left) ? load_part(from, left) * c - base : none;
   };
-  each([&](int k, int64_t left) __attribute__((always_inline)) {
-    v[k] = left >= L ? loadu(x + k * L) : load_part(x + k * L, left);
-    most = max(most, within(v[k] * c, left));
-  });
-  const C base = greatest(most);
-  if (!(base > -kFar<C> && base < kFar<C>)) return false;
-  each([&](int k, int64_t left)
-           __attribute__((always_inline)) { sums[k] = v[k] = weight<T>(within(v[k] * c - base, left)); });
-  const C l = static_cast<C>(n <= L ? total(sums[0]) : total((sums[0] + sums[1]) + (sums[2] + sums[3])));
-  const C inverse = 1 / l;
-  each([&](int k, int64_t left) __attribute__((always_inline)) {
-    V q = v[k] * inverse;
-    if constexpr (sizeof(T) > 2) q += (v[k] - q * l) * inverse;  // as in finish
-    if (left >= L) {
-      storeu(y + k * L, q);
-    } else {
-      store_part(y + k * L, q, left);
-    }
-  });
+  bool countable = true;
+  for (int64_t r = 0; r < rows; r++) {
+    V most = none;
+    each([&](int k, int64_t left)
+             __attribute__((always_inline)) { most = max(most, scaled(x + r * x_step + k * L, left, C(0))); });
+    largest[r] = greatest(most);
+    if (!(largest[r] > -kFar<C> && largest[r] < kFar<C>)) countable = false;
+  }
+  if (!countable) return false;
+  for (int64_t r = 0; r < rows; r++) {
+    V sums[4] = {};
+    each([&](int k, int64_t left) __attribute__((always_inline)) {
+      const V v = weight<T>(scaled(x + r * x_step + k * L, left, largest[r]));
+      sums[k % 4] += v;
+      store(kept + (r * kShortVectors + k) * L, v);
+    });
+    l[r] = static_cast<C>(n <= L ? total(sums[0]) : total((sums[0] + sums[1]) + (sums[2] + sums[3])));
+  }
+  for (int64_t r = 0; r < rows; r++) {
+    const C inverse = 1 / l[r];
+    each([&](int k, int64_t left) __attribute__((always_inline)) {
+      const V v = load(kept + (r * kShortVectors + k) * L);
+      V q = v * inverse;
+      if constexpr (sizeof(T) > 2) q += (v - q * l[r]) * inverse;  // as in finish
+      if (left >= L) {
+        storeu(y + r * y_step + k * L, q);
+      } else {
+        store_part(y + r * y_step + k * L, q, left);
+      }
+    });
+  }
   return true;
 }
 
@@ -287,7 +305,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   constexpr C kRise = 64;  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
   const C c = static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
-  if (n <= 4 * L) return short_row(x, n, c, y);
+  if (n <= kShortVectors * L) return short_rows(x, 0, y, 0, 1, n, c);
   auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
@@ -539,6 +557,18 @@ void columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buff
   }
 }
 
+// How far apart rows are in memory, one like the next, or 0.
+inline int64_t step_of(const Tensor& t) {
+  int64_t step = 0, rows = 1;
+  for (int k = 2; k >= 0; k--) {
+    if (t.size[k] == 1) continue;
+    if (step == 0) step = t.stride[k];
+    if (t.stride[k] != step * rows) return 0;
+    rows *= t.size[k];
+  }
+  return step;
+}
+
 template <class T>
 void forward(const Softmax& p) {
   using C = compute<T>;
@@ -546,17 +576,18 @@ void forward(const Softmax& p) {
   const int64_t L1 = p.x.size[1], M = p.x.size[2], N = p.x.size[3];
   const bool across = N > 1 && p.x.stride[3] != 1, plain = !p.bias && !p.mask;
   const bool lanes = across && plain && p.offset >= N - 1;
-  const int64_t step = lanes    ? 4 * L
-                       : across ? L
-                                : 1,
-                groups = (M + step - 1) / step, tasks = p.x.size[0] * L1 * groups;
+  // in float32 only where products needn't be rounded before they are added
+  const bool one_pass = !across && !p.log && plain && (kFma || !std::is_same_v<T, float>);
+  const int64_t rows = p.x.size[0] * L1 * M, x_step = step_of(p.x), y_step = step_of(p.y);
+  const bool together = one_pass && N <= kShortVectors * L && p.offset >= N - 1 && x_step && y_step;
+  const int64_t step = lanes ? 4 * L : across || together ? L : 1;
+  const int64_t groups = (M + step - 1) / step, tasks = together ? (rows + L - 1) / L : p.x.size[0] * L1 * groups;
   const bool past = p.x.size[0] * L1 * M * N * static_cast<int64_t>(sizeof(T)) >= kStream;
   if (N == 0) return;
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
   {
     static thread_local Scratch scratch;
-    // in float32 only where products needn't be rounded before they are added
-    const bool kept = !across && !p.log && plain && N <= kKept && (kFma || !std::is_same_v<T, float>);
+    const bool kept = one_pass && N <= kKept;
     const int64_t room = lanes ? min(N, kTall) : (across || kept ? N : min(N, kChunk)) + 64;
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
     C* const other = buffer + step * (room / 64 * 64 + 64);
@@ -564,6 +595,15 @@ void forward(const Softmax& p) {
     Indices task{L1, groups};
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
+      if (together) {
+        const int64_t r = t * L, end = min(r + L, rows);
+        const C c = static_cast<C>(kBase2<C> ? p.scale * 1.4426950408889634 : p.scale);
+        if (short_rows(at<T>(p.x, 0, 0, 0) + r * x_step, x_step, at<T>(p.y, 0, 0, 0) + r * y_step, y_step, end - r, N,
+                       c))
+          continue;
+        for (int64_t s = r; s < end; s++) row<T>(p, s / M / L1, s / M % L1, s % M, buffer, other, bases, past);
+        continue;
+      }
       task.go_to(t);
       const auto [a, b, i] = task.at;
       if (!across) {

@@ -96,18 +96,6 @@ LLMFAST_INLINE void short_rows(const T* y, int64_t y_step, const T* dy, int64_t 
   }
 }
 
-// How far apart rows are in memory, one like the next, or 0.
-inline int64_t step_of(const Tensor& t) {
-  int64_t step = 0, rows = 1;
-  for (int k = 2; k >= 0; k--) {
-    if (t.size[k] == 1) continue;
-    if (step == 0) step = t.stride[k];
-    if (t.stride[k] != step * rows) return 0;
-    rows *= t.size[k];
-  }
-  return step;
-}
-
 // backward_row of kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
 template <class T>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
