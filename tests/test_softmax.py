@@ -105,6 +105,21 @@ def test_past_the_caches():
         assert torch.equal(llmfast.softmax(x, backend="cpu"), one_by_one)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 64, 100, 200, 300])
+def test_a_row_depends_on_itself_alone(columns, dtype):
+    """Not on how many rows there are, where they lie, or which of them it is."""
+    run_or_skip(torch.zeros(1, 1), {}, None, "cpu")
+    torch.manual_seed(0)
+    x, dy = (torch.randn(4, 10, columns).to(DTYPES[dtype])[:, :9] for _ in range(2))  # not evenly spaced
+    whole = cases.run_softmax(x, {}, dy, "cpu")
+    packed = cases.run_softmax(x.contiguous(), {}, dy.contiguous(), "cpu")
+    for n, t in whole.items():
+        assert torch.equal(packed[n], t), n
+        for i in ((0, 0), (1, 5), (3, 8)):
+            assert torch.equal(cases.run_softmax(x[i][None], {}, dy[i][None], "cpu")[n][0], t[i]), (n, i)
+
+
 LENGTHS = [1, 7, 4097, 262145, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 65537, 1_000_003, 2**20))]
 
 

@@ -4,6 +4,51 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
+// Numbers in a row of which kLanes rows of y and dy stay in 16 KiB, half of an L1.
+template <class T>
+constexpr int64_t kShort = (sizeof(T) == 2 ? 16 : 8) * kLanesOf<compute<T>>;
+
+// The gradient of a few rows, at most kLanes, so many elements apart, of at most kShort numbers, without bias or
+// logarithm: their lanes are added up together, where each row alone waits for its own.
+template <class T>
+LLMFAST_INLINE void short_backward_rows(const T* y, int64_t y_step, const T* dy, int64_t dy_step, T* dx,
+                                        int64_t dx_step, int64_t rows, int64_t n, compute<T> scale) {
+  using C = compute<T>;
+  using V = vec_of<C>;
+  constexpr int L = kLanesOf<C>;
+  const int64_t whole = n / L * L;
+  V s[L] = {};
+  for (int64_t r = 0; r < rows; r++) {
+    const T *p = y + r * y_step, *q = dy + r * dy_step;
+    V sum{}, odd{};
+    int64_t j = 0;
+    for (; j + 2 * L <= n; j += 2 * L) {
+      V v, d, w, e;
+      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
+      sum += v * d, odd += w * e;
+    }
+    if (j < whole) sum += loadu(p + j) * loadu(q + j);
+    if (whole < n) odd += load_part(p + whole, n - whole) * load_part(q + whole, n - whole);
+    s[r] = sum + odd;
+  }
+  alignas(64) C all[L];
+  store(all, sums<L>(s));
+  for (int64_t r = 0; r < rows; r++) {
+    const T *p = y + r * y_step, *q = dy + r * dy_step;
+    T* const to = dx + r * dx_step;
+    int64_t j = 0;
+    for (; j + 2 * L <= n; j += 2 * L) {
+      V v, d, w, e;
+      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
+      store_two<true>(to + j, v * (d - all[r]) * scale, w * (e - all[r]) * scale);
+    }
+    if (j < whole) storeu(to + j, loadu(p + j) * (loadu(q + j) - all[r]) * scale);
+    if (whole < n)
+      store_part(to + whole, load_part(p + whole, n - whole) * (load_part(q + whole, n - whole) - all[r]) * scale,
+                 n - whole);
+  }
+}
+
 template <class T>
 LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
@@ -13,6 +58,7 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   const T *y = at<T>(p.y, a, b, i), *dy = at<T>(p.dy, a, b, i);
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
+  if (!p.log && !p.dbias && N <= kShort<T>) return short_backward_rows(y, 0, dy, 0, dx, 0, 1, N, scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
   auto term = [&](V v, V d) __attribute__((always_inline)) { return p.log ? counts(v, d) : v * d; };
   auto last = [&](const T* x, int64_t n) __attribute__((always_inline)) { return n < L ? load_part(x, n) : loadu(x); };
@@ -49,51 +95,6 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
     for (int64_t k = 0; db && k < n; k++) (p.dbias.stride[3] ? db[(j + k) * p.dbias.stride[3]] : over_row) += ds[k];
   }
   if (db && !p.dbias.stride[3]) *db += over_row;
-}
-
-// Numbers in a row of which kLanes rows of y and dy stay in 16 KiB, half of an L1.
-template <class T>
-constexpr int64_t kShort = (sizeof(T) == 2 ? 16 : 8) * kLanesOf<compute<T>>;
-
-// backward_row of a few rows, at most kLanes, so many elements apart, without bias or logarithm: their lanes are added
-// up together, where each row alone waits for its own.
-template <class T>
-LLMFAST_INLINE void short_rows(const T* y, int64_t y_step, const T* dy, int64_t dy_step, T* dx, int64_t dx_step,
-                               int64_t rows, int64_t n, compute<T> scale) {
-  using C = compute<T>;
-  using V = vec_of<C>;
-  constexpr int L = kLanesOf<C>;
-  const int64_t whole = n / L * L;
-  V s[L] = {};
-  for (int64_t r = 0; r < rows; r++) {
-    const T *p = y + r * y_step, *q = dy + r * dy_step;
-    V sum{}, odd{};
-    int64_t j = 0;
-    for (; j + 2 * L <= n; j += 2 * L) {
-      V v, d, w, e;
-      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
-      sum += v * d, odd += w * e;
-    }
-    if (j < whole) sum += loadu(p + j) * loadu(q + j);
-    if (whole < n) odd += load_part(p + whole, n - whole) * load_part(q + whole, n - whole);
-    s[r] = sum + odd;
-  }
-  alignas(64) C all[L];
-  store(all, sums<L>(s));
-  for (int64_t r = 0; r < rows; r++) {
-    const T *p = y + r * y_step, *q = dy + r * dy_step;
-    T* const to = dx + r * dx_step;
-    int64_t j = 0;
-    for (; j + 2 * L <= n; j += 2 * L) {
-      V v, d, w, e;
-      load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
-      store_two<true>(to + j, v * (d - all[r]) * scale, w * (e - all[r]) * scale);
-    }
-    if (j < whole) storeu(to + j, loadu(p + j) * (loadu(q + j) - all[r]) * scale);
-    if (whole < n)
-      store_part(to + whole, load_part(p + whole, n - whole) * (load_part(q + whole, n - whole) - all[r]) * scale,
-                 n - whole);
-  }
 }
 
 // backward_row of kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
@@ -146,8 +147,8 @@ void backward(const SoftmaxBackward& p) {
     constexpr int64_t L = kLanesOf<compute<T>>;
 #pragma omp parallel for schedule(static) if (rows * N > 32768)
     for (int64_t r = 0; r < rows; r += L)
-      short_rows(at<T>(p.y, 0, 0, 0) + r * y, y, at<T>(p.dy, 0, 0, 0) + r * dy, dy, at<T>(p.dx, 0, 0, 0) + r * dx, dx,
-                 min(L, rows - r), N, static_cast<compute<T>>(p.scale));
+      short_backward_rows(at<T>(p.y, 0, 0, 0) + r * y, y, at<T>(p.dy, 0, 0, 0) + r * dy, dy,
+                          at<T>(p.dx, 0, 0, 0) + r * dx, dx, min(L, rows - r), N, static_cast<compute<T>>(p.scale));
     return;
   }
   // Rows that add to the same element of dbias stay in one task, in order.
