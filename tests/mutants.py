@@ -100,10 +100,10 @@ MUTANTS = [Mutant(*row) for row in [
     (BWD, "row[d] += row[c * part + d];", "row[d] = row[c * part + d];", "dq shared by threads keeps the last chunk only"),
     # decode and sequences
     (DEC, "w.l = at, at += rows * L;", "w.l = at, at += L;", "sums of several rows overlap"),
-    (DEC, "if (d < x.D) {", "if (d < 0) {", "the head dim's tail is forgotten"),
+    (DEC, "if (d < x.D) LLMFAST_UNROLL", "if (d < 0) LLMFAST_UNROLL", "the head dim's tail is forgotten"),
+    (DEC, "acc[0][t] += acc[1][t];", "{}", "half of the sums of a dot product are forgotten"),
     (DEC, "for (int64_t i = 0; i < n; i++) whole[i] = p[i];", "for (int64_t i = 0; i + 1 < n; i++) whole[i] = p[i];", "the head dim's last element is forgotten"),
     (DEC, "const int64_t at = min<int64_t>(j + t, n - 1);", "const int64_t at = min<int64_t>(j + t, n - 2);", "the last key is read as its neighbour"),
-    (DEC, "for (; n - j > kFew; j += kDots)", "for (; n - j >= kDots; j += kDots)", "keys between few and many are not multiplied"),
     (SIMD, "near<n>(r[i], r[i + n], lanes) + far<n>(r[i], r[i + n], lanes)", "near<n>(r[i], r[i + n], lanes) + near<n>(r[i], r[i + n], lanes)", "half of the lanes are summed twice"),
     (DEC, "V l = load(w.l + row * L) * alpha;", "V l = load(w.l + row * L);", "l is not rescaled"),
     (DEC, "load(acc + r * x.wideDv + d + z * L) * splat(w.alpha[r])", "load(acc + r * x.wideDv + d + z * L)", "o is not rescaled"),

@@ -39,7 +39,7 @@ template <class T>
 struct Workspace {
   using C = compute<T>;
   unit<T>* q;  // (rows, wideD / per): of each R rows (wideD / per / K, R, K)
-  C* wide;     // (kDots, wideD): rows of k
+  C* wide;     // (kDots, wideD): rows of k, at most so many
   C* l;        // (rows, L): sums by lane
   alignas(64) C s[8 * kBlock], alpha[8], tile[kBlock];
   const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
@@ -57,15 +57,20 @@ LLMFAST_INLINE auto repeated(const T* p, int64_t n) {
   return repeated<K, U>(whole);
 }
 
-// S[r][j + t] = q[r] . k[j + t] for R rows and J keys; lane r K + u has every K-th unit of row r from u on, so that K
-// keys' products meet in one vector (R, K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's
-// k: to L2 only, because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
-template <int R, int J, class T>
+// Keys at a time: as many as give kDots sums in flight.
+template <int R, class C>
+constexpr int keys_of = (kDots > kLanesOf<C> ? kDots / kLanesOf<C> : 1) * kLanesOf<C> / R;
+
+// S[r][j + t] = q[r] . k[j + t] for R rows and J keys. A dot product is L sums, of every L-th unit each, that a tree
+// adds up, whatever R is: lane r K + u of acc[a] has sum a K + u of row r, so that K keys' sums meet in one vector (R,
+// K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's k: to L2 only, because a block fills
+// L1 and its miss buffers alone hold too few lines in flight for DRAM.
+template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t j, int64_t n) {
   using C = compute<T>;
   using S = stored<T>;
-  constexpr int L = kLanesOf<C>, K = L / R, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
-  vec_of<C> acc[J];
+  constexpr int L = kLanesOf<C>, K = L / R, J = keys_of<R, C>, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
+  vec_of<C> acc[R][J] = {};
   const S* k[J];
   const T* v[J];
   auto fetch = [&](int64_t d) __attribute__((always_inline)) {
@@ -78,7 +83,6 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
   LLMFAST_UNROLL
   for (int t = 0; t < J; t++) {
     const int64_t at = min<int64_t>(j + t, n - 1);
-    acc[t] = vec_of<C>{};
     v[t] = w.v[at];
     if constexpr (std::is_same_v<S, T>) {
       k[t] = w.k[at];
@@ -87,23 +91,34 @@ LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, 
     }
   }
   int64_t d = 0;
-  for (; d + kStep <= x.D; d += kStep) {
-    const auto z = load(q + d / kStep * L);
+  for (; d + R * kStep <= x.D; d += R * kStep) {
     if (d % kLine == 0) fetch(d);
     LLMFAST_UNROLL
-    for (int t = 0; t < J; t++) acc[t] = product(acc[t], z, repeated<K, unit<T>>(k[t] + d));
+    for (int a = 0; a < R; a++) {
+      const auto z = load(q + (d / kStep + a) * L);
+      LLMFAST_UNROLL
+      for (int t = 0; t < J; t++) acc[a][t] = product(acc[a][t], z, repeated<K, unit<T>>(k[t] + d + a * kStep));
+    }
   }
-  if (d < x.D) {
-    const auto z = load(q + d / kStep * L);
-    for (int t = 0; t < J; t++) acc[t] = product(acc[t], z, repeated<K, unit<T>>(k[t] + d, x.D - d));
+  if (d < x.D) LLMFAST_UNROLL
+  for (int a = 0; a < R; a++) {
+    const int64_t at = d + a * kStep, left = max<int64_t>(x.D - at, 0);
+    const auto z = load(q + at / kStep * L);
+    LLMFAST_UNROLL
+    for (int t = 0; t < J; t++)
+      acc[a][t] = product(acc[a][t], z, repeated<K, unit<T>>(k[t] + at, min<int64_t>(left, kStep)));
   }
   for (d = (d + kLine - 1) / kLine * kLine; d < x.Dv; d += kLine) fetch(d);
-  vec_of<C> dots[J / K];
   LLMFAST_UNROLL
-  for (int g = 0; g < J / K; g++) dots[g] = sums<K>(acc + g * K);
+  for (int t = 0; t < J; t++) {
+    if constexpr (R >= 8) LLMFAST_UNROLL
+    for (int a = 0; a < 4; a++) acc[a][t] += acc[a + 4][t];
+    if constexpr (R >= 4) acc[0][t] += acc[2][t], acc[1][t] += acc[3][t];
+    if constexpr (R >= 2) acc[0][t] += acc[1][t];
+  }
   alignas(64) C s[J * R];
   LLMFAST_UNROLL
-  for (int g = 0; g < J / K; g++) store(s + g * L, dots[g]);
+  for (int g = 0; g < J / K; g++) store(s + g * L, sums<K>(acc[0] + g * K));
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
   for (int g = 0; g < J / K; g++) __builtin_memcpy(w.s + r * kBlock + j + g * K, s + g * L + r * K, K * sizeof(C));
@@ -252,11 +267,8 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
 // Rows [row, row + R) over the keys of one block.
 template <int R, class T>
 void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
-  constexpr int L = kLanesOf<compute<T>>, kFew = L / R > kDots / 2 ? L / R : kDots / 2;
   const unit<T>* const q = w.q + row * x.wideD / kPer<T>;
-  int64_t j = 0;
-  for (; n - j > kFew; j += kDots) scores<R, kDots>(x, w, q, j, n);
-  if (j < n) scores<R, kFew>(x, w, q, j, n);
+  for (int64_t j = 0; j < n; j += keys_of<R, compute<T>>) scores<R>(x, w, q, j, n);
   for (int r = 0; r < R; r++) softmax(x, w, r, row + r, j0, n, p.m[row + r]);
   accumulate_row<R>(x, w, n, p.acc + row * x.wideDv);
 }

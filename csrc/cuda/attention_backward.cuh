@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(128) attention_bwd_dkdv(const __grid_constant_
     const auto soften = [&](uint32_t q_tile) {
       const float* numbers = reinterpret_cast<const float*>(shared_memory() + (q_tile - base) + B::kTileBytes);
       const bool edge = m0 < all_from || m0 + BLOCK_M > all_to;
-      const float slope = kGeneral ? slope_of(p.extras.alibi_slopes, x.b, x.h) : 0.f;
+      const auto slope = [&] { return slope_of(p.extras.alibi_slopes, x.b, x.h); };
 #pragma unroll
       for (int n = 0; n < BLOCK_M / 8; n++) {
         const int column = n * 8 + lane % 4 * 2;
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(128) attention_bwd_dq(const __grid_constant__ 
   }
   float dq[kHeadDim / 8][4] = {};
   const float scale = p.spec.scale, c = scale * kLog2e;
-  const float slope = kGeneral ? slope_of(p.extras.alibi_slopes, x.b, x.h) : 0.f;
+  const auto slope = [&] { return slope_of(p.extras.alibi_slopes, x.b, x.h); };
   int slot = 0;
   const auto next = [&](int tile) {
     FAULT == 41 ? cp_async_wait<kRing - 1>() : cp_async_wait<kRing - 2>();

@@ -206,8 +206,9 @@ __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
         const bool seen = j >= from[r] && j < to[r];
         if (a.general && seen) {
           float derivative;
-          s[t][e] = score_of(s[t][e], p.spec, p.extras, b, h[r], i[r], j, slope_of(p.extras.alibi_slopes, b, h[r]),
-                             i[r] + Nk - Nq - j, derivative);
+          s[t][e] = score_of(
+              s[t][e], p.spec, p.extras, b, h[r], i[r], j, [&] { return slope_of(p.extras.alibi_slopes, b, h[r]); },
+              i[r] + Nk - Nq - j, derivative);
         }
         if (!seen) s[t][e] = -kInf;
       }

@@ -130,7 +130,8 @@ __device__ __forceinline__ void adjust(float (&s)[kMma][kN][4], const AttentionF
       for (int e = 0; e < 4; e++) {
         const int i = i0 + m * 16 + e / 2 * 8, j = j0 + n * 8 + e % 2;
         if (i < x.Nq && j < x.Nk)
-          s[m][n][e] = score_of(s[m][n][e], p.spec, p.extras, x.b, x.h, i, j, slope, i + x.Nk - x.Nq - j, derivative);
+          s[m][n][e] = score_of(
+              s[m][n][e], p.spec, p.extras, x.b, x.h, i, j, [=] { return slope; }, i + x.Nk - x.Nq - j, derivative);
       }
 }
 

@@ -97,9 +97,11 @@ __device__ __forceinline__ float slope_of(const Tensor& slopes, int64_t b, int64
 }
 
 // The score of query i and key j, which are there, from their product, with every option: scale of any sign, softcap,
-// bias, ALiBi, mask. distance: between key and query; derivative: the softcap's.
+// bias, ALiBi, mask. slope(): the head's, asked for where there is one; distance: between key and query; derivative:
+// the softcap's.
+template <class Slope>
 __device__ __forceinline__ float score_of(float product, const AttentionSpec& spec, const Extras& extras, int64_t b,
-                                          int64_t h, int i, int j, float slope, int distance, float& derivative) {
+                                          int64_t h, int i, int j, Slope slope, int distance, float& derivative) {
   const float softcap = spec.softcap;
   const Tensor& bias = extras.bias;
   float y = product * static_cast<float>(spec.scale);
@@ -112,7 +114,7 @@ __device__ __forceinline__ float score_of(float product, const AttentionSpec& sp
     const int64_t at = b * bias.stride[0] + h * bias.stride[1] + i * bias.stride[2] + j * bias.stride[3];
     y += float_at(bias.data, bias.dtype, at);
   }
-  if (extras.alibi_slopes.data) y -= slope * fabsf(static_cast<float>(distance));
+  if (extras.alibi_slopes.data) y -= slope() * fabsf(static_cast<float>(distance));
   if (extras.mask.data && !*at<bool>(extras.mask, b, h, i, j)) y = -kInf;
   return y;
 }
