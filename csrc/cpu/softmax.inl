@@ -241,6 +241,8 @@ LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
 
 constexpr int kShortVectors = 8;  // of a row of which kLanes rows of exponentials are at most 8 KiB
 
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of kept, what was stored is loaded
 // The softmax of a few rows, at most kLanes, so many elements apart, of at most 8 kLanes plain numbers, each against
 // its largest; c and what it returns as in plain_row. Maxima and sums of all rows are on their way at once.
 template <class T>
@@ -294,6 +296,7 @@ LLMFAST_INLINE bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step,
   }
   return true;
 }
+#pragma GCC diagnostic pop
 
 // The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
 // the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
