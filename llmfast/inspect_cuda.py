@@ -71,11 +71,10 @@ def compile_file(file: str, arch: str, folder: Path) -> tuple[Path, str, str]:
     cubin = folder / f"{file}-{arch}-{digest}.cubin"
     ptx, log = cubin.with_suffix(".ptx"), cubin.with_suffix(".log")
     if not log.exists():
-        name = ARCHS[arch]
-        common = [nvcc(), "-O3", "-std=c++17", f"-gencode=arch=compute_{name},code=sm_{name}", f"-I{FOLDER}"]
-        to_ptx = [nvcc(), "-ptx", "-O3", "-std=c++17", f"-arch=compute_{name}", f"-I{FOLDER}"]
-        _run([*to_ptx, FOLDER / "cuda" / f"{file}.cu", "-o", ptx])
-        said = _run([*common, "-cubin", "-Xptxas=-v", ptx, "-o", cubin])
+        name, flags = ARCHS[arch], ["-O3", "-std=c++17", f"-I{FOLDER}"]
+        _run([nvcc(), *flags, "-ptx", f"-arch=compute_{name}", FOLDER / "cuda" / f"{file}.cu", "-o", ptx])
+        gpu = f"-gencode=arch=compute_{name},code=sm_{name}"
+        said = _run([nvcc(), *flags, "-cubin", gpu, "-Xptxas=-v", ptx, "-o", cubin])
         for old in folder.glob(f"{file}-{arch}-*"):
             if digest not in old.name:
                 old.unlink()

@@ -39,7 +39,7 @@ template <class T>
 struct Workspace {
   using C = compute<T>;
   unit<T>* q;  // (rows, wideD / per): of each R rows (wideD / per / K, R, K)
-  C* wide;     // (kDots, wideD): rows of k, at most so many
+  C* wide;     // (kDots, wideD): rows of k
   C* l;        // (rows, L): sums by lane
   alignas(64) C s[8 * kBlock], alpha[8], tile[kBlock];
   const T *k[kBlock], *v[kBlock], *next[kBlock];  // the rows of this block's keys, and of the next one's k
@@ -57,19 +57,15 @@ LLMFAST_INLINE auto repeated(const T* p, int64_t n) {
   return repeated<K, U>(whole);
 }
 
-// Keys at a time: as many as give kDots sums in flight.
-template <int R, class C>
-constexpr int keys_of = (kDots > kLanesOf<C> ? kDots / kLanesOf<C> : 1) * kLanesOf<C> / R;
-
-// S[r][j + t] = q[r] . k[j + t] for R rows and J keys. A dot product is L sums, of every L-th unit each, that a tree
-// adds up, whatever R is: lane r K + u of acc[a] has sum a K + u of row r, so that K keys' sums meet in one vector (R,
-// K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's k: to L2 only, because a block fills
-// L1 and its miss buffers alone hold too few lines in flight for DRAM.
+// S[r][j + t] = q[r] . k[j + t] for R rows and J keys, kDots sums in flight. A dot product is L sums, of every L-th
+// unit each, that a tree adds up, whatever R is: lane r K + u of acc[a] has sum a K + u of row r, so that K keys' sums
+// meet in one vector (R, K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's k: to L2 only,
+// because a block fills L1 and its miss buffers alone hold too few lines in flight for DRAM.
 template <int R, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t j, int64_t n) {
   using C = compute<T>;
   using S = stored<T>;
-  constexpr int L = kLanesOf<C>, K = L / R, J = keys_of<R, C>, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
+  constexpr int L = kLanesOf<C>, K = L / R, J = kDots / R, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
   vec_of<C> acc[R][J] = {};
   const S* k[J];
   const T* v[J];
@@ -268,7 +264,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
 template <int R, class T>
 void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
   const unit<T>* const q = w.q + row * x.wideD / kPer<T>;
-  for (int64_t j = 0; j < n; j += keys_of<R, compute<T>>) scores<R>(x, w, q, j, n);
+  for (int64_t j = 0; j < n; j += kDots / R) scores<R>(x, w, q, j, n);
   for (int r = 0; r < R; r++) softmax(x, w, r, row + r, j0, n, p.m[row + r]);
   accumulate_row<R>(x, w, n, p.acc + row * x.wideDv);
 }

@@ -155,8 +155,9 @@ LLMFAST_INLINE vec exp2_coarse(vec x, float c) {
 }
 LLMFAST_INLINE dvec exp2(dvec x, double c) {  // c is log2(e)
   x = max(splat(-1023. / c), x);
-  dvec t = x * c + kRound<double>;
-  dvec f = x * c - (t - kRound<double>)+x * (c * 1.4109e-17);  // what log2(e) has beyond a double
+  constexpr double round = kRound<double>;
+  dvec t = x * c + round;
+  dvec f = x * c - (t - round) + x * (c * 1.4109e-17);  // what log2(e) has beyond a double
   return exp2_fraction(f) * (dvec)(((ulvec)t << 52) + (uint64_t{1023} << 52));
 }
 LLMFAST_INLINE vec exp2(vec x) { return exp2(x, 1.f); }

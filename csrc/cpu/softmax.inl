@@ -189,6 +189,12 @@ LLMFAST_INLINE C power(C x) {
   return kBase2<C> ? static_cast<C>(__builtin_exp2f(static_cast<float>(x))) : exp(x);
 }
 
+// What a number is multiplied by to be counted so.
+template <class C>
+LLMFAST_INLINE C unit(double scale) {
+  return static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
+}
+
 // Numbers that are further from what they are counted against leave the range of kRound, or overflow.
 template <class C>
 constexpr C kFar = kBase2<C> ? C(4e6) : C(1e30);
@@ -242,7 +248,7 @@ LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
 constexpr int kShortVectors = 8;  // of a row of which kLanes rows of exponentials are at most 8 KiB
 
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of kept, what was stored is loaded
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // kept: only what was stored is loaded
 // The softmax of a few rows, at most kLanes, so many elements apart, of at most 8 kLanes plain numbers, each against
 // its largest; c and what it returns as in plain_row. Maxima and sums of all rows are on their way at once.
 template <class T>
@@ -307,7 +313,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
   constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
   constexpr C kRise = 64;  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
-  const C c = static_cast<C>(kBase2<C> ? scale * 1.4426950408889634 : scale);
+  const C c = unit<C>(scale);
   if (n <= kShortVectors * L) return short_rows(x, 0, y, 0, 1, n, c);
   auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
     LLMFAST_UNROLL
@@ -600,9 +606,8 @@ void forward(const Softmax& p) {
     for (int64_t t = 0; t < tasks; t++) {
       if (together) {
         const int64_t r = t * L, end = min(r + L, rows);
-        const C c = static_cast<C>(kBase2<C> ? p.scale * 1.4426950408889634 : p.scale);
         if (short_rows(at<T>(p.x, 0, 0, 0) + r * x_step, x_step, at<T>(p.y, 0, 0, 0) + r * y_step, y_step, end - r, N,
-                       c))
+                       unit<C>(p.scale)))
           continue;
         for (int64_t s = r; s < end; s++) row<T>(p, s / M / L1, s / M % L1, s % M, buffer, other, bases, past);
         continue;

@@ -7,7 +7,7 @@ namespace {
 
 // Blocks that hold a row of N, of which one holds `columns`; 0 where no cluster does.
 int cluster_for(int64_t N, int64_t columns) {
-  for (int blocks = 2; blocks <= kLongest; blocks *= 2)
+  for (int blocks = 2; blocks <= kClusterBlocks; blocks *= 2)
     if (N <= blocks * columns) return blocks;
   return 0;
 }
@@ -22,8 +22,8 @@ const char* run(const Softmax& a, void* stream) {
   constexpr int kItems = kPlain ? 32 : 16;  // addresses of mask and bias take the place of 16 values
   if (N <= 1024 * kItems) return launch(softmax_rows<T, 1024, kItems, kPlain>, rows, 1024, kRowBytes, stream, a);
   const int blocks = cluster_for(N, 1024 * kItems);
-  if (blocks && has_clusters(softmax_cluster_rows<T, kItems, kPlain>, kClusterSums))
-    return launch(softmax_cluster_rows<T, kItems, kPlain>, rows * blocks, 1024, kClusterSums, stream, a, blocks);
+  if (blocks && has_clusters(softmax_cluster_rows<T, kItems, kPlain>, kClusterStart))
+    return launch(softmax_cluster_rows<T, kItems, kPlain>, rows * blocks, 1024, kClusterStart, stream, a, blocks);
   return launch(softmax_long_rows<T, kPlain>, rows, 1024, kRowBytes, stream, a);
 }
 

@@ -142,21 +142,23 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   }
 }
 
-constexpr int kLongest = 8;        // blocks in a cluster: what every GPU that has clusters can run
-constexpr int kClusterItems = 32;  // of a thread, as in softmax_rows
-constexpr int kClusterSums = 512;  // bytes of shared memory before what a cluster holds there
+constexpr int kClusterBlocks = 8;   // at most: what every GPU that has clusters can run
+constexpr int kClusterItems = 32;   // of a thread, as in softmax_rows
+constexpr int kClusterStart = 512;  // bytes of shared memory for partial results; dy of the backward follows
 template <class T>
-constexpr int kClusterBytes = kClusterSums + 1024 * kClusterItems * static_cast<int>(sizeof(T));
+constexpr int kClusterBytes = kClusterStart + 1024 * kClusterItems * static_cast<int>(sizeof(T));
 
+// Where a block leaves its results for the others, behind those of its warps.
+__device__ __forceinline__ float* for_cluster() { return reinterpret_cast<float*>(shared_memory() + kRowBytes); }
 // What each block of the cluster left at p, in the lanes of its rank modulo 8; `none` beyond the cluster.
 __device__ __forceinline__ float of_block(const float* p, float none) {
-  const int rank = thread_index() % kLongest;
+  const int rank = thread_index() % kClusterBlocks;
   return rank < cluster_size() ? load_remote(p, rank) : none;
 }
 template <class Op>
 __device__ __forceinline__ float over_blocks(float x, Op op) {
 #pragma unroll
-  for (int lanes = kLongest / 2; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
+  for (int lanes = kClusterBlocks / 2; lanes; lanes /= 2) x = op(x, shuffle_xor(x, lanes));
   return x;
 }
 
@@ -164,7 +166,7 @@ __device__ __forceinline__ float over_blocks(float x, Op op) {
 // there is one exchange, of maximum and sum.
 template <class T, int kItems, bool kPlain>
 __global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_constant__ Softmax a) {
-  note_shared<kClusterSums>();
+  note_shared<kClusterStart>();
   using C = Columns<T, 1024, kPlain>;
   constexpr int kGroups = kItems / C::kWidth;
   const int blocks = cluster_size(), t = thread_index();
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(1024) softmax_cluster_rows(const __grid_consta
   float s[kGroups][C::kWidth];
   const float m = row_max<1024>(take<kPlain>(a, row, x, column, s));
   float l = row_sum<1024>(to_exponentials(s, m, a.log));
-  float* mine = reinterpret_cast<float*>(shared_memory()) + 64;
+  float* const mine = for_cluster();
   if (t == 0) mine[0] = m, mine[1] = l;
   if (FAULT != 17) cluster_arrive(), cluster_wait();
   const float m_block = of_block(mine, -kInf), l_block = of_block(mine + 1, 0.f);
@@ -240,6 +242,17 @@ __device__ __forceinline__ float gradient(bool log, float y, float dy, float sum
   return log ? term(log, y, dy) - exp2_approx(y * kLog2e) * sum : y * (dy - sum);
 }
 
+template <class T>
+struct BackwardRows {
+  const T *y, *dy;
+  T* dx;
+};
+template <class T>
+__device__ __forceinline__ BackwardRows<T> rows_of(const SoftmaxBackward& a, int64_t index) {
+  const int64_t i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1], l1 = l % a.y.size[1];
+  return {at<const T>(a.y, l0, l1, i), at<const T>(a.dy, l0, l1, i), at<T>(a.dx, l0, l1, i)};
+}
+
 // As softmax_rows, over dy and y.
 template <class T, int kThreads, int kItems, bool kAligned>
 __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads)
@@ -249,10 +262,8 @@ __global__ void __launch_bounds__(kThreads == 32 ? 32 * kRowsPerBlock : kThreads
   constexpr int kGroups = kItems / C::kWidth;
   const int64_t index = kThreads == 32 ? block_index() * kRowsPerBlock + thread_index() / 32 : block_index();
   if (index >= a.y.size[0] * a.y.size[1] * a.y.size[2]) return;
-  const int64_t N = a.y.size[3], i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1],
-                l1 = l % a.y.size[1];
-  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
-  T* dx = at<T>(a.dx, l0, l1, i);
+  const auto [y, dy, dx] = rows_of<T>(a, index);
+  const int64_t N = a.y.size[3];
   const int t = thread_index() % kThreads;
 
   float ys[kGroups][C::kWidth] = {}, dys[kGroups][C::kWidth] = {}, sum = 0.f;
@@ -282,13 +293,10 @@ __global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_co
   using C = Columns<T, 1024, true>;
   constexpr int kGroups = kClusterItems / C::kWidth;
   const int blocks = cluster_size(), t = thread_index();
-  const int64_t index = block_index() / blocks, i = index % a.y.size[2], l = index / a.y.size[2], l0 = l / a.y.size[1],
-                l1 = l % a.y.size[1];
-  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
-  T* dx = at<T>(a.dx, l0, l1, i);
+  const auto [y, dy, dx] = rows_of<T>(a, block_index() / blocks);
   const int N = a.y.size[3], first = C::first(cluster_rank(), t), step = C::first(blocks, 0);
   const auto column = [&](int c) { return first + c * step; };
-  char* const mine = shared_memory() + kClusterSums;
+  char* const mine = shared_memory() + kClusterStart;
   const auto held = [&](int c) { return reinterpret_cast<T*>(mine + (c * 1024 + t) * 16); };
 
 #pragma unroll
@@ -312,7 +320,7 @@ __global__ void __launch_bounds__(1024) softmax_bwd_cluster_rows(const __grid_co
     for (int e = 0; e < C::kWidth; e++) sum += term(a.log, ys[c][e], dys[e]);
   }
   sum = row_sum<1024>(sum);
-  float* block_sum = reinterpret_cast<float*>(shared_memory()) + 64;
+  float* const block_sum = for_cluster();
   if (t == 0) *block_sum = sum;
   if (FAULT != 24) cluster_arrive(), cluster_wait();
   sum = of_block(block_sum, 0.f);
@@ -335,10 +343,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(1024) softmax_bwd_long_rows(const __grid_constant__ SoftmaxBackward a) {
   note_shared<kRowBytes>();
   using C = Columns<T, 1024, kAligned>;
-  const int64_t i = block_index() % a.y.size[2], l = block_index() / a.y.size[2], l0 = l / a.y.size[1],
-                l1 = l % a.y.size[1];
-  const T *y = at<const T>(a.y, l0, l1, i), *dy = at<const T>(a.dy, l0, l1, i);
-  T* dx = at<T>(a.dx, l0, l1, i);
+  const auto [y, dy, dx] = rows_of<T>(a, block_index());
   const int64_t N = a.y.size[3];
   const int t = thread_index();
 
