@@ -252,8 +252,7 @@ constexpr int kShortVectors = 8;  // of a row of which kLanes rows of exponentia
 // The softmax of a few rows, at most kLanes, so many elements apart, of at most 8 kLanes plain numbers, each against
 // its largest; c and what it returns as in plain_row. Maxima and sums of all rows are on their way at once.
 template <class T>
-LLMFAST_INLINE bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, int64_t n,
-                               compute<T> c) {
+bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, int64_t n, compute<T> c) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
@@ -307,7 +306,7 @@ LLMFAST_INLINE bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step,
 // The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
 // the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
 template <class T, bool kPast>
-LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, compute<T>* bases) {
+bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, compute<T>* bases) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>, kLine = 64 / sizeof(T);
@@ -391,8 +390,7 @@ LLMFAST_INLINE bool plain_row(const T* x, int64_t n, double scale, T* y, compute
 
 // The first n numbers of a row, with any options.
 template <class T>
-LLMFAST_INLINE void any_row(const Softmax& p, int64_t a, int64_t b, int64_t i, int64_t n, compute<T>* buffer,
-                            compute<T>* other) {
+void any_row(const Softmax& p, int64_t a, int64_t b, int64_t i, int64_t n, compute<T>* buffer, compute<T>* other) {
   using C = compute<T>;
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
@@ -419,8 +417,8 @@ LLMFAST_INLINE void any_row(const Softmax& p, int64_t a, int64_t b, int64_t i, i
 
 // bases: room for plain_row, null where it doesn't serve; past: the result goes past the caches
 template <class T>
-LLMFAST_INLINE void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other,
-                        compute<T>* bases, bool past) {
+void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other, compute<T>* bases,
+         bool past) {
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
