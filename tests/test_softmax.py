@@ -95,6 +95,10 @@ def test_wherever_the_largest_number_lies(columns, dtype):
     want = torch.softmax(x.double(), -1).nan_to_num(0)
     got = llmfast.softmax(x, backend="cpu").double()
     assert (got - want).abs().max() <= 2 * info.eps
+    want = torch.log_softmax(x.double(), -1).nan_to_num(-torch.inf, neginf=-torch.inf)
+    got = llmfast.log_softmax(x, backend="cpu")
+    assert (got <= 0).all()
+    torch.testing.assert_close(got, want.to(dtype), atol=2 * info.eps, rtol=2 * info.eps)
 
 
 def test_past_the_caches():
@@ -107,17 +111,19 @@ def test_past_the_caches():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("columns", [1, 7, 64, 100, 200, 300])
-def test_a_row_depends_on_itself_alone(columns, dtype):
+@pytest.mark.parametrize("log", [False, True])
+def test_a_row_depends_on_itself_alone(log, columns, dtype):
     """Not on how many rows there are, where they lie, or which of them it is."""
     run_or_skip(torch.zeros(1, 1), {}, None, "cpu")
     torch.manual_seed(0)
+    options = dict(log=log)
     x, dy = (torch.randn(4, 10, columns).to(DTYPES[dtype])[:, :9] for _ in range(2))  # not evenly spaced
-    whole = cases.run_softmax(x, {}, dy, "cpu")
-    packed = cases.run_softmax(x.contiguous(), {}, dy.contiguous(), "cpu")
+    whole = cases.run_softmax(x, options, dy, "cpu")
+    packed = cases.run_softmax(x.contiguous(), options, dy.contiguous(), "cpu")
     for n, t in whole.items():
         assert torch.equal(packed[n], t), n
         for i in ((0, 0), (1, 5), (3, 8)):
-            assert torch.equal(cases.run_softmax(x[i][None], {}, dy[i][None], "cpu")[n][0], t[i]), (n, i)
+            assert torch.equal(cases.run_softmax(x[i][None], options, dy[i][None], "cpu")[n][0], t[i]), (n, i)
 
 
 LENGTHS = [1, 7, 4097, 262145, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 65537, 1_000_003, 2**20))]

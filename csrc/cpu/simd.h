@@ -80,16 +80,24 @@ LLMFAST_INLINE dvec splat(double x) { return x - dvec{}; }
 // b when either is NaN (on NEON: NaN); GCC makes a comparison and a blend of a > b ? a : b
 #if LLMFAST_LANES == 16
 LLMFAST_INLINE vec max(vec a, vec b) { return _mm512_max_ps(a, b); }
+LLMFAST_INLINE vec min(vec a, vec b) { return _mm512_min_ps(a, b); }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm512_max_pd(a, b); }
+LLMFAST_INLINE dvec min(dvec a, dvec b) { return _mm512_min_pd(a, b); }
 #elif LLMFAST_LANES == 8
 LLMFAST_INLINE vec max(vec a, vec b) { return _mm256_max_ps(a, b); }
+LLMFAST_INLINE vec min(vec a, vec b) { return _mm256_min_ps(a, b); }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return _mm256_max_pd(a, b); }
+LLMFAST_INLINE dvec min(dvec a, dvec b) { return _mm256_min_pd(a, b); }
 #elif defined(__aarch64__)
 LLMFAST_INLINE vec max(vec a, vec b) { return vmaxq_f32(a, b); }
+LLMFAST_INLINE vec min(vec a, vec b) { return vminq_f32(a, b); }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return vmaxq_f64(a, b); }
+LLMFAST_INLINE dvec min(dvec a, dvec b) { return vminq_f64(a, b); }
 #else
 LLMFAST_INLINE vec max(vec a, vec b) { return a > b ? a : b; }
+LLMFAST_INLINE vec min(vec a, vec b) { return a < b ? a : b; }
 LLMFAST_INLINE dvec max(dvec a, dvec b) { return a > b ? a : b; }
+LLMFAST_INLINE dvec min(dvec a, dvec b) { return a < b ? a : b; }
 #endif
 LLMFAST_INLINE vec abs(vec x) { return (vec)((ivec)x & 0x7fffffff); }
 LLMFAST_INLINE dvec abs(dvec x) { return x < 0 ? -x : x; }

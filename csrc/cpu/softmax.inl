@@ -2,9 +2,10 @@
 //
 // A row goes through a buffer of kChunk numbers in the compute type, which stays in L1: fill it with s and its maximum,
 // exp and sum, write. A longer row is read twice: chunk by chunk for the running maximum and sum, then for the result.
-// Without bias, mask and logarithm a row is read once: each chunk's exponentials wait in a buffer for the row's sum;
-// and of short rows a group is taken at once, as a single one mostly waits for its own maximum and sum. Where M is the
-// contiguous dimension, a lane is a row; with bias, mask or causal kLanes rows are transposed into the buffer and back.
+// Without bias and mask a row's sum is taken against a number near the largest so far: softmax reads a row once, as
+// each chunk's exponentials wait in a buffer for the sum; and of short rows a group is taken at once, as a single one
+// mostly waits for its own maximum and sum. Where M is the contiguous dimension, a lane is a row; with bias, mask or
+// causal kLanes rows are transposed into the buffer and back.
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
@@ -135,29 +136,25 @@ LLMFAST_INLINE C sum_exp(C* buffer, int64_t n, C m) {
   return static_cast<C>(total((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
 
-// y = f(buffer), past the caches where kPast; kMixed: from lanes as load_two<true> leaves them
-template <bool kPast = false, bool kMixed = false, class T, class C, class F>
-LLMFAST_INLINE void write(const C* buffer, int64_t n, T* y, F&& f) {
-  constexpr int L = kLanesOf<C>;
+// y = f(x), past the caches where kPast; kMixed: x in lanes as load_two<true> leaves them
+template <bool kPast = false, bool kMixed = false, class S, class T, class F>
+LLMFAST_INLINE void write(const S* x, int64_t n, T* y, F&& f) {
+  constexpr int L = kLanesOf<compute<S>>;
   int64_t e = 0;
   if constexpr (kPast) {
     const int64_t head = min<int64_t>(n, (64 - reinterpret_cast<uintptr_t>(y) % 64) % 64 / sizeof(T));
-    for (; e + L <= head; e += L) storeu(y + e, f(loadu(buffer + e)));
-    if (e < head) store_part(y + e, f(loadu(buffer + e)), head - e);
+    for (; e + L <= head; e += L) storeu(y + e, f(loadu(x + e)));
+    if (e < head) store_part(y + e, f(load_part(x + e, head - e)), head - e);
     for (e = head; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) stream(y + e + k * L, f(loadu(buffer + e + k * L)));
-    for (; e + L <= n; e += L) storeu(y + e, f(loadu(buffer + e)));
-    if (e < n) store_part(y + e, f(loadu(buffer + e)), n - e);
-    return;
-  }
-  if constexpr (kMixed) {
+    for (int k = 0; k < 4; k++) stream(y + e + k * L, f(loadu(x + e + k * L)));
+  } else if constexpr (kMixed) {
     for (; e + 4 * L <= n; e += 4 * L) LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2)
-      store_two<true>(y + e + k * L, f(load(buffer + e + k * L)), f(load(buffer + e + (k + 1) * L)));
+      store_two<true>(y + e + k * L, f(loadu(x + e + k * L)), f(loadu(x + e + (k + 1) * L)));
   }
-  for (; e + 2 * L <= n; e += 2 * L) storeu(y + e, f(load(buffer + e))), storeu(y + e + L, f(load(buffer + e + L)));
-  for (; e + L <= n; e += L) storeu(y + e, f(load(buffer + e)));
-  if (e < n) store_part(y + e, f(load(buffer + e)), n - e);
+  for (; e + 2 * L <= n; e += 2 * L) storeu(y + e, f(loadu(x + e))), storeu(y + e + L, f(loadu(x + e + L)));
+  for (; e + L <= n; e += L) storeu(y + e, f(loadu(x + e)));
+  if (e < n) store_part(y + e, f(load_part(x + e, n - e)), n - e);
 }
 
 template <class C>
@@ -199,9 +196,9 @@ LLMFAST_INLINE C unit(double scale) {
 template <class C>
 constexpr C kFar = kBase2<C> ? C(4e6) : C(1e30);
 
-// 2^(x c - base) or, in double, e^(x c - base) of the numbers x of a row. In float base is an integer, so that x c is
-// rounded once, when all but a fraction is gone from it.
-template <class T>
+// 2^(x c - base) or, in double, e^(x c - base) of the numbers x of a row, 1 at base itself where kLog. In float base is
+// an integer, so that x c is rounded once, when all but a fraction is gone from it.
+template <class T, bool kLog>
 struct Against {
   using C = compute<T>;
   using V = vec_of<C>;
@@ -222,7 +219,7 @@ struct Against {
     if constexpr (kBase2<C>) {
       z = x * c + shift;  // rounds to an integer in the low bits
       const V t = max(splat(kRound<C> - 127), z), f = max(splat(C(-1)), x * c - (t - shift));
-      return (sizeof(T) == 2 ? exp2_fraction4(f) : exp2_fraction6(f)) * exponent(t);
+      return (sizeof(T) > 2 ? exp2_fraction6(f) : kLog ? exp2_fraction(f) : exp2_fraction4(f)) * exponent(t);
     } else {
       z = x * c - base;
       return exponential<C>(z);
@@ -232,30 +229,38 @@ struct Against {
   static C distance(C z) { return kBase2<C> ? z - kRound<C> : z; }
 };
 
-// 2^z or, in double, e^z for z <= 0.
-template <class T>
+// 2^z or, in double and where kLog, e^z for z <= 0.
+template <class T, bool kLog>
 LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> z) {
   using C = compute<T>;
   if constexpr (sizeof(T) == 2) {
-    return exp2_coarse(z, 1.f);
+    return kLog ? exp2(z, kLog2e) : exp2_coarse(z, 1.f);
   } else if constexpr (kBase2<C>) {
-    return exp2_by(z, 1.f, [](vec f) __attribute__((always_inline)) { return exp2_fraction6(f); });
+    return exp2_by(z, kLog ? kLog2e : 1, [](vec f) __attribute__((always_inline)) { return exp2_fraction6(f); });
   } else {
     return exponential<C>(z);
   }
+}
+
+// A logarithm of at most 1, which rounding might lift above 0; NaN passes.
+template <class V>
+LLMFAST_INLINE V negative(V x) {
+  return min(V{}, x);
 }
 
 constexpr int kShortVectors = 8;  // of a row of which kLanes rows of exponentials are at most 8 KiB
 
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // kept: only what was stored is loaded
-// The softmax of a few rows, at most kLanes, so many elements apart, of at most 8 kLanes plain numbers, each against
-// its largest; c and what it returns as in plain_row. Maxima and sums of all rows are on their way at once.
-template <class T>
-bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, int64_t n, compute<T> c) {
+// The softmax or, where kLog, its logarithm of a few rows, at most kLanes, so many elements apart, of at most 8 vectors
+// of plain numbers, each against its largest; false as in plain_row. Maxima and sums of all rows are on their way at
+// once.
+template <class T, bool kLog>
+bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, int64_t n, double scale) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
+  const C c = kLog ? static_cast<C>(scale) : unit<C>(scale);
   const V none = splat(-kInfOf<C>);
   alignas(64) C kept[L * kShortVectors * L];
   C largest[L], l[L];
@@ -280,18 +285,18 @@ bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, 
   for (int64_t r = 0; r < rows; r++) {
     V sums[4] = {};
     each([&](int k, int64_t left) __attribute__((always_inline)) {
-      const V v = weight<T>(scaled(x + r * x_step + k * L, left, largest[r]));
+      const V z = scaled(x + r * x_step + k * L, left, largest[r]), v = weight<T, kLog>(z);
       sums[k % 4] += v;
-      store(kept + (r * kShortVectors + k) * L, v);
+      store(kept + (r * kShortVectors + k) * L, kLog ? z : v);
     });
     l[r] = static_cast<C>(n <= L ? total(sums[0]) : total((sums[0] + sums[1]) + (sums[2] + sums[3])));
   }
   for (int64_t r = 0; r < rows; r++) {
-    const C inverse = 1 / l[r];
+    const C by = kLog ? log(l[r]) : 1 / l[r];
     each([&](int k, int64_t left) __attribute__((always_inline)) {
       const V v = load(kept + (r * kShortVectors + k) * L);
-      V q = v * inverse;
-      if constexpr (sizeof(T) > 2) q += (v - q * l[r]) * inverse;  // as in finish
+      V q = kLog ? negative(v - by) : v * by;
+      if constexpr (!kLog && sizeof(T) > 2) q += (v - q * l[r]) * by;  // as in finish
       if (left >= L) {
         storeu(y + r * y_step + k * L, q);
       } else {
@@ -304,8 +309,9 @@ bool short_rows(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t rows, 
 #pragma GCC diagnostic pop
 
 // The softmax of n plain numbers in one pass: each chunk's exponentials against a number near the largest so far go to
-// the buffer, once more where the chunk rises far above it. False where the numbers are too large for that.
-template <class T, bool kPast>
+// the buffer, once more where the chunk rises far above it. Its logarithm needs but their sum, and no buffer. False
+// where the numbers are too large for that.
+template <class T, bool kPast, bool kLog>
 bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, compute<T>* bases) {
   using C = compute<T>;
   using V = vec_of<C>;
@@ -313,12 +319,12 @@ bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, co
   constexpr C kRise = 64;  // a chunk of 2^64 is far from overflow
   const V none = splat(-kInfOf<C>);
   const C c = unit<C>(scale);
-  if (n <= kShortVectors * L) return short_rows(x, 0, y, 0, 1, n, c);
+  if (n <= kShortVectors * L) return short_rows<T, kLog>(x, 0, y, 0, 1, n, scale);
   auto four = [&](const T* from, V* to) __attribute__((always_inline)) {
     LLMFAST_UNROLL
     for (int k = 0; k < 4; k += 2) load_two<true>(from + k * L, to[k], to[k + 1]);
   };
-  Against<T> against{c};
+  Against<T, kLog> against{c};
   double l = 0;
   for (int64_t j = 0; j < n; j += kChunk) {
     const int64_t end = min(j + kChunk, n);
@@ -336,7 +342,7 @@ bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, co
           four(x + e, v);
           LLMFAST_UNROLL
           for (int k = 0; k < 4; k++) v[k] = against(v[k], z), most[k] = max(most[k], z), some[k] += v[k];
-          LLMFAST_UNROLL
+          if constexpr (!kLog) LLMFAST_UNROLL
           for (int k = 0; k < 4; k += 2) {
             if constexpr (kPast && std::is_same_v<T, bf16>) unmix(v[k], v[k + 1]);
             store(buffer + e + k * L, v[k]), store(buffer + e + (k + 1) * L, v[k + 1]);
@@ -348,7 +354,8 @@ bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, co
       for (; e < end; e += L) {
         const auto inside = iota<C>() < static_cast<C>(end - e);
         const V v = against(end - e >= L ? loadu(x + e) : load_part(x + e, end - e), z), some = inside ? v : V{};
-        store(buffer + e, some), sums[0] += some, most[0] = max(most[0], inside ? z : none);
+        if constexpr (!kLog) store(buffer + e, some);
+        sums[0] += some, most[0] = max(most[0], inside ? z : none);
       }
       sum = kLanes < 16 ? total(sums) : total((sums[0] + sums[1]) + (sums[2] + sums[3]));
       top = against.distance(greatest(max(max(most[0], most[1]), max(most[2], most[3]))));
@@ -368,8 +375,15 @@ bool plain_row(const T* x, int64_t n, double scale, T* y, compute<T>* buffer, co
       if (!against.rise(top)) return false;
       l *= power(before - against.base), add();
     }
-    bases[j / kChunk] = against.base;
+    if constexpr (!kLog) bases[j / kChunk] = against.base;
     l += sum;
+  }
+  if constexpr (kLog) {
+    const C s = static_cast<C>(scale);
+    const double base = c == 0 ? 0 : against.base * (static_cast<double>(s) / c);
+    const C high = static_cast<C>(kBase2<C> ? base + log(l) : base), low = static_cast<C>(base - high + log(l));
+    write<kPast>(x, n, y, [&](auto v) __attribute__((always_inline)) { return negative((v * s - high) - low); });
+    return true;
   }
   const C inverse = static_cast<C>(1 / l), high = static_cast<C>(l), low = static_cast<C>(l - high);
   auto put = [&](int64_t j, auto&& f)
@@ -415,24 +429,62 @@ void any_row(const Softmax& p, int64_t a, int64_t b, int64_t i, int64_t n, compu
   }
 }
 
-// bases: room for plain_row, null where it doesn't serve; past: the result goes past the caches
+// once: plain_row serves; past: the result goes past the caches
 template <class T>
 void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, compute<T>* other, compute<T>* bases,
-         bool past) {
+         bool once, bool past) {
   const int64_t N = p.x.size[3], n = clamp(i + p.offset + 1, 0, N);
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
   if (reinterpret_cast<uintptr_t>(y) % sizeof(T)) past = false;
-  const bool done = bases && n > 0 &&
-                    (past ? plain_row<T, true>(x, n, p.scale, y, buffer, bases)
-                          : plain_row<T, false>(x, n, p.scale, y, buffer, bases));
-  if (!done) any_row<T>(p, a, b, i, n, buffer, other);
+  auto* const plain = past ? p.log ? plain_row<T, true, true> : plain_row<T, true, false>
+                      : p.log ? plain_row<T, false, true>
+                              : plain_row<T, false, false>;
+  if (!once || n == 0 || !plain(x, n, p.scale, y, buffer, bases)) any_row<T>(p, a, b, i, n, buffer, other);
   if (p.log) {
     for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<compute<T>>);
   } else if (n < N) {
     memset(y + n, 0, (N - n) * sizeof(T));
   }
 }
+
+// Four vectors, of which the first n lanes are there unless kWhole, in the order of load_two<true>'s lanes.
+template <bool kWhole, class T, class V>
+LLMFAST_INLINE void read4(const T* from, int64_t n, V* to) {
+  constexpr int L = kLanesOf<compute<T>>;
+  LLMFAST_UNROLL
+  for (int k = 0; k < 4; k += 2) {
+    if constexpr (kWhole) {
+      load_two<true>(from + k * L, to[k], to[k + 1]);
+    } else {
+      for (int z = k; z < k + 2; z++) {
+        const int64_t left = n - z * L;
+        to[z] = left >= L ? loadu(from + z * L) : left > 0 ? load_part(from + z * L, left) : V{};
+      }
+    }
+  }
+}
+template <bool kWhole, class T, class V>
+LLMFAST_INLINE void write4(T* to, int64_t n, const V* v) {
+  constexpr int L = kLanesOf<compute<T>>;
+  LLMFAST_UNROLL
+  for (int k = 0; k < 4; k += 2) {
+    if constexpr (kWhole) {
+      store_two<true>(to + k * L, v[k], v[k + 1]);
+    } else {
+      for (int z = k; z < k + 2; z++) {
+        const int64_t left = n - z * L;
+        if (left >= L) {
+          storeu(to + z * L, v[z]);
+        } else if (left > 0) {
+          store_part(to + z * L, v[z], left);
+        }
+      }
+    }
+  }
+}
+
+constexpr int64_t kBlock = 256;  // what columns sum in the compute type; the blocks' sums are added in double
 
 // Rows [i, i + 4 kLanes) of plain numbers whose contiguous dimension is M, a lane each: buffer (N, 4 kLanes) where N is
 // at most kTall, else exponentials are taken twice. kWhole: there are so many rows.
@@ -441,43 +493,13 @@ void plain_columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
-  constexpr int64_t kBlock = 256;  // what is summed in the compute type; the blocks' sums are added in double
   const int64_t N = p.x.size[3], count = p.x.size[2] - i;
   const C scale = static_cast<C>(p.scale);
   const T* const x = at<T>(p.x, a, b, i);
   T* const y = at<T>(p.y, a, b, i);
-  auto read = [&](int64_t j, V* to) __attribute__((always_inline)) {
-    const T* const from = x + j * p.x.stride[3];
-    LLMFAST_UNROLL
-    for (int k = 0; k < 4; k += 2) {
-      if constexpr (kWhole) {
-        load_two<true>(from + k * L, to[k], to[k + 1]);
-      } else {
-        for (int z = k; z < k + 2; z++) {
-          const int64_t n = count - z * L;
-          to[z] = n >= L ? loadu(from + z * L) : n > 0 ? load_part(from + z * L, n) : V{};
-        }
-      }
-    }
-  };
-  auto put = [&](int64_t j, const V* v) __attribute__((always_inline)) {
-    T* const to = y + j * p.y.stride[3];
-    LLMFAST_UNROLL
-    for (int k = 0; k < 4; k += 2) {
-      if constexpr (kWhole) {
-        store_two<true>(to + k * L, v[k], v[k + 1]);
-      } else {
-        for (int z = k; z < k + 2; z++) {
-          const int64_t n = count - z * L;
-          if (n >= L) {
-            storeu(to + z * L, v[z]);
-          } else if (n > 0) {
-            store_part(to + z * L, v[z], n);
-          }
-        }
-      }
-    }
-  };
+  auto read = [&](int64_t j, V* to) __attribute__((always_inline)) { read4<kWhole>(x + j * p.x.stride[3], count, to); };
+  auto put = [&](int64_t j, const V* v)
+                 __attribute__((always_inline)) { write4<kWhole>(y + j * p.y.stride[3], count, v); };
   V m[4], v[4];
   LLMFAST_UNROLL
   for (V& most : m) most = splat(-kInfOf<C>);
@@ -584,9 +606,9 @@ void forward(const Softmax& p) {
   const bool across = N > 1 && p.x.stride[3] != 1, plain = !p.bias && !p.mask;
   const bool lanes = across && plain && p.offset >= N - 1;
   // in float32 only where products needn't be rounded before they are added
-  const bool one_pass = !across && !p.log && plain && (kFma || !std::is_same_v<T, float>);
+  const bool once = !across && plain && (p.log || N <= kKept) && (kFma || !std::is_same_v<T, float>);
   const int64_t rows = p.x.size[0] * L1 * M, x_step = step_of(p.x), y_step = step_of(p.y);
-  const bool together = one_pass && N <= kShortVectors * L && p.offset >= N - 1 && x_step && y_step;
+  const bool together = once && N <= kShortVectors * L && p.offset >= N - 1 && x_step && y_step;
   const int64_t step = lanes ? 4 * L : across || together ? L : 1;
   const int64_t groups = (M + step - 1) / step, tasks = together ? (rows + L - 1) / L : p.x.size[0] * L1 * groups;
   const bool past = p.x.size[0] * L1 * M * N * static_cast<int64_t>(sizeof(T)) >= kStream;
@@ -594,26 +616,25 @@ void forward(const Softmax& p) {
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
   {
     static thread_local Scratch scratch;
-    const bool kept = one_pass && N <= kKept;
-    const int64_t room = lanes ? min(N, kTall) : (across || kept ? N : min(N, kChunk)) + 64;
+    const int64_t room = lanes ? min(N, kTall) : (across || (once && !p.log) ? N : min(N, kChunk)) + 64;
     C* const buffer = static_cast<C*>(scratch.bytes(((step + 1) * (room + 64) + kKept / kChunk + 1) * sizeof(C)));
     C* const other = buffer + step * (room / 64 * 64 + 64);
-    C* const bases = kept ? buffer + (step + 1) * (room + 64) : nullptr;
+    C* const bases = buffer + (step + 1) * (room + 64);
     Indices task{L1, groups};
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tasks; t++) {
       if (together) {
         const int64_t r = t * L, end = min(r + L, rows);
-        if (short_rows(at<T>(p.x, 0, 0, 0) + r * x_step, x_step, at<T>(p.y, 0, 0, 0) + r * y_step, y_step, end - r, N,
-                       unit<C>(p.scale)))
-          continue;
-        for (int64_t s = r; s < end; s++) row<T>(p, s / M / L1, s / M % L1, s % M, buffer, other, bases, past);
+        auto* const some = p.log ? short_rows<T, true> : short_rows<T, false>;
+        const T* const x = at<T>(p.x, 0, 0, 0) + r * x_step;
+        if (some(x, x_step, at<T>(p.y, 0, 0, 0) + r * y_step, y_step, end - r, N, p.scale)) continue;
+        for (int64_t s = r; s < end; s++) row<T>(p, s / M / L1, s / M % L1, s % M, buffer, other, bases, once, past);
         continue;
       }
       task.go_to(t);
       const auto [a, b, i] = task.at;
       if (!across) {
-        row<T>(p, a, b, i, buffer, other, bases, past);
+        row<T>(p, a, b, i, buffer, other, bases, once, past);
       } else if (!lanes) {
         columns<T>(p, a, b, i * L, buffer, other);
       } else if ((i + 1) * step <= M) {

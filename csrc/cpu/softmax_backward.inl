@@ -4,15 +4,17 @@
 namespace llmfast::cpu::LLMFAST_ISA {
 namespace softmax_rows {
 
-// Numbers in a row of which kLanes rows of y and dy stay in 16 KiB, half of an L1.
+// How many rows of n numbers are taken at once: y and dy of them stay in half of an L1.
 template <class T>
-constexpr int64_t kShort = (sizeof(T) == 2 ? 16 : 8) * kLanesOf<compute<T>>;
+int64_t rows_of(int64_t n) {
+  return clamp((16 << 10) / static_cast<int64_t>(2 * sizeof(T)) / n, 1, kLanesOf<compute<T>>);
+}
 
-// The gradient of a few rows, at most kLanes, so many elements apart, of at most kShort numbers, without bias or
-// logarithm: their lanes are added up together, where each row alone waits for its own.
+// The gradient of a few rows, at most kLanes, so many elements apart, without bias or logarithm: all their sums are on
+// their way at once, where each row alone waits for its own.
 template <class T>
-LLMFAST_INLINE void short_backward_rows(const T* y, int64_t y_step, const T* dy, int64_t dy_step, T* dx,
-                                        int64_t dx_step, int64_t rows, int64_t n, compute<T> scale) {
+void plain_backward_rows(const T* y, int64_t y_step, const T* dy, int64_t dy_step, T* dx, int64_t dx_step, int64_t rows,
+                         int64_t n, compute<T> scale) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
@@ -20,16 +22,18 @@ LLMFAST_INLINE void short_backward_rows(const T* y, int64_t y_step, const T* dy,
   V s[L] = {};
   for (int64_t r = 0; r < rows; r++) {
     const T *p = y + r * y_step, *q = dy + r * dy_step;
-    V sum{}, odd{};
+    V sum[4] = {};
     int64_t j = 0;
-    for (; j + 2 * L <= n; j += 2 * L) {
+    auto add_two = [&](V& first, V& second) __attribute__((always_inline)) {
       V v, d, w, e;
       load_two<true>(p + j, v, w), load_two<true>(q + j, d, e);
-      sum += v * d, odd += w * e;
-    }
-    if (j < whole) sum += loadu(p + j) * loadu(q + j);
-    if (whole < n) odd += load_part(p + whole, n - whole) * load_part(q + whole, n - whole);
-    s[r] = sum + odd;
+      first += v * d, second += w * e, j += 2 * L;
+    };
+    while (j + 4 * L <= n) add_two(sum[0], sum[1]), add_two(sum[2], sum[3]);
+    if (j + 2 * L <= n) add_two(sum[0], sum[1]);
+    if (j < whole) sum[2] += loadu(p + j) * loadu(q + j);
+    if (whole < n) sum[3] += load_part(p + whole, n - whole) * load_part(q + whole, n - whole);
+    s[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
   alignas(64) C all[L];
   store(all, sums<L>(s));
@@ -50,7 +54,7 @@ LLMFAST_INLINE void short_backward_rows(const T* y, int64_t y_step, const T* dy,
 }
 
 template <class T>
-LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
+void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
@@ -58,7 +62,7 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   const T *y = at<T>(p.y, a, b, i), *dy = at<T>(p.dy, a, b, i);
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
-  if (!p.log && !p.dbias && N <= kShort<T>) return short_backward_rows(y, 0, dy, 0, dx, 0, 1, N, scale);
+  if (!p.log && !p.dbias && rows_of<T>(N) > 1) return plain_backward_rows(y, 0, dy, 0, dx, 0, 1, N, scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
   auto term = [&](V v, V d) __attribute__((always_inline)) { return p.log ? counts(v, d) : v * d; };
   auto last = [&](const T* x, int64_t n) __attribute__((always_inline)) { return n < L ? load_part(x, n) : loadu(x); };
@@ -71,8 +75,7 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
     sums[k] += term(v, d), sums[k + 1] += term(w, e);
   }
   for (; j < N; j += L) sums[0] += term(last(y + j, N - j), last(dy + j, N - j));
-  // a few vectors' sums need no doubles to be added
-  const C all = static_cast<C>(N <= 16 * L ? total((sums[0] + sums[1]) + (sums[2] + sums[3])) : total(sums));
+  const C all = static_cast<C>(total(sums));
   auto gradient = [&](V v, V d) __attribute__((always_inline)) {
     return p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all);
   };
@@ -97,58 +100,62 @@ LLMFAST_INLINE void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b,
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
-// backward_row of kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
-template <class T>
+// backward_row of 4 kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows. kWhole: there are so
+// many rows.
+template <class T, bool kWhole>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
   using V = vec_of<C>;
   constexpr int L = kLanesOf<C>;
-  constexpr int64_t kBlock = 256;  // what is summed in the compute type; the blocks' sums are added in double
-  const int64_t N = p.y.size[3], count = min<int64_t>(L, p.y.size[2] - i);
+  const int64_t N = p.y.size[3], count = p.y.size[2] - i;
   const T *y = at<T>(p.y, a, b, i), *dy = at<T>(p.dy, a, b, i);
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
-  auto read = [&](const T* x) __attribute__((always_inline)) { return count < L ? load_part(x, count) : loadu(x); };
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
-  double totals[L] = {};
+  V v[4], d[4], all[4];
+  auto read = [&](int64_t j) __attribute__((always_inline)) {
+    read4<kWhole>(y + j * p.y.stride[3], count, v), read4<kWhole>(dy + j * p.dy.stride[3], count, d);
+  };
+  double totals[4 * L] = {};
   for (int64_t j = 0; j < N; j += kBlock) {
-    V sums{};
-    for (int64_t k = j; k < min(j + kBlock, N); k++) {
-      const V v = read(y + k * p.y.stride[3]), d = read(dy + k * p.dy.stride[3]);
-      sums += p.log ? counts(v, d) : v * d;
+    V sums[4] = {};
+    for (int64_t r = j; r < min(j + kBlock, N); r++) {
+      read(r);
+      LLMFAST_UNROLL
+      for (int k = 0; k < 4; k++) sums[k] += p.log ? counts(v[k], d[k]) : v[k] * d[k];
     }
-    for (int k = 0; k < L; k++) totals[k] += sums[k];
+    for (int k = 0; k < 4 * L; k++) totals[k] += sums[k / L][k % L];
   }
-  V all;
-  for (int k = 0; k < L; k++) all[k] = static_cast<C>(totals[k]);
+  for (int k = 0; k < 4 * L; k++) all[k / L][k % L] = static_cast<C>(totals[k]);
   for (int64_t j = 0; j < N; j++) {
-    const V v = read(y + j * p.y.stride[3]), d = read(dy + j * p.dy.stride[3]);
-    const V ds = (p.log ? counts(v, d) - exponential<C>(v) * all : v * (d - all)) * scale;
-    if (count < L) {
-      store_part(dx + j * p.dx.stride[3], ds, count);
-    } else {
-      storeu(dx + j * p.dx.stride[3], ds);
-    }
+    read(j);
+    LLMFAST_UNROLL
+    for (int k = 0; k < 4; k++)
+      v[k] = (p.log ? counts(v[k], d[k]) - exponential<C>(v[k]) * all[k] : v[k] * (d[k] - all[k])) * scale;
+    write4<kWhole>(dx + j * p.dx.stride[3], count, v);
   }
 }
 
 template <class T>
 void backward(const SoftmaxBackward& p) {
   if (p.y.size[3] > 1 && p.y.stride[3] != 1) {
-    const int64_t L = kLanesOf<compute<T>>, L1 = p.y.size[1], groups = (p.y.size[2] + L - 1) / L;
+    const int64_t step = 4 * kLanesOf<compute<T>>, M = p.y.size[2], L1 = p.y.size[1], groups = (M + step - 1) / step;
     const int64_t all = p.y.size[0] * L1 * groups;
-#pragma omp parallel for schedule(static) if (all > 1 && all * L * p.y.size[3] > 32768)
-    for (int64_t t = 0; t < all; t++) backward_columns<T>(p, t / (L1 * groups), t / groups % L1, t % groups * L);
+#pragma omp parallel for schedule(static) if (all > 1 && all * step * p.y.size[3] > 32768)
+    for (int64_t t = 0; t < all; t++) {
+      const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
+      (i + step <= M ? backward_columns<T, true> : backward_columns<T, false>)(p, a, b, i);
+    }
     return;
   }
   const int64_t N = p.y.size[3], rows = p.y.size[0] * p.y.size[1] * p.y.size[2];
-  if (const int64_t y = step_of(p.y), dy = step_of(p.dy), dx = step_of(p.dx);
-      !p.dbias && !p.log && N <= kShort<T> && y && dy && dx) {
-    constexpr int64_t L = kLanesOf<compute<T>>;
+  if (rows * N == 0) return;
+  if (const int64_t y = step_of(p.y), dy = step_of(p.dy), dx = step_of(p.dx), some = rows_of<T>(N);
+      !p.dbias && !p.log && some > 1 && y && dy && dx) {
 #pragma omp parallel for schedule(static) if (rows * N > 32768)
-    for (int64_t r = 0; r < rows; r += L)
-      short_backward_rows(at<T>(p.y, 0, 0, 0) + r * y, y, at<T>(p.dy, 0, 0, 0) + r * dy, dy,
-                          at<T>(p.dx, 0, 0, 0) + r * dx, dx, min(L, rows - r), N, static_cast<compute<T>>(p.scale));
+    for (int64_t r = 0; r < rows; r += some)
+      plain_backward_rows(at<T>(p.y, 0, 0, 0) + r * y, y, at<T>(p.dy, 0, 0, 0) + r * dy, dy,
+                          at<T>(p.dx, 0, 0, 0) + r * dx, dx, min(some, rows - r), N, static_cast<compute<T>>(p.scale));
     return;
   }
   // Rows that add to the same element of dbias stay in one task, in order.
