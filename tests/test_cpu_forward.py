@@ -26,6 +26,18 @@ ROWS = (
 )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("Nq", [1, 40])
+@pytest.mark.parametrize("H", [1, 4, 8])
+def test_without_head_dim_all_keys_count_alike(H, Nq, dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.zeros(1, H, Nq, 0), torch.zeros(1, 1, 70, 0), torch.randn(1, 1, 70, 200)
+    o = llmfast.attention(q.to(dtype), k.to(dtype), v.to(dtype), scale=1.0, backend="cpu").float()
+    mean = v.to(dtype).float().mean(2, keepdim=True).expand(1, H, Nq, 200)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(o, mean, atol=4 * eps, rtol=eps)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa):
     code = (

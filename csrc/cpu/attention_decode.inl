@@ -146,7 +146,7 @@ LLMFAST_INLINE void accumulate(const Task<T>& x, Workspace<T>& w, int64_t n, int
   using C = compute<T>;
   constexpr int L = kLanesOf<C>, kStep = L * kPer<T>;
   constexpr int64_t kLine = Ahead<T>::kLine, kLines = Z * kStep < kLine ? 1 : Z * kStep / kLine;
-  const int64_t whole = (x.D + kLine - 1) / kLine, before = d / (Z * kStep) * kLines * n;
+  const int64_t whole = max<int64_t>((x.D + kLine - 1) / kLine, 1), before = d / (Z * kStep) * kLines * n;
   Ahead<T> next(w.next, x.D, before / whole, before % whole * kLine);
   vec_of<C> a[R][Z * kPer<T>];
   LLMFAST_UNROLL
