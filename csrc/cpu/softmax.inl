@@ -448,37 +448,35 @@ void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, 
   }
 }
 
-// Four vectors, of which the first n lanes are there unless kWhole, in the order of load_two<true>'s lanes.
-template <bool kWhole, class T, class V>
-LLMFAST_INLINE void read4(const T* from, int64_t n, V* to) {
+// Z vectors, of which the first n lanes are there unless kWhole, ordered as load_two<true> does where Z is even.
+template <int Z, bool kWhole, class T, class V>
+LLMFAST_INLINE void read_lanes(const T* from, int64_t n, V* to) {
   constexpr int L = kLanesOf<compute<T>>;
-  LLMFAST_UNROLL
-  for (int k = 0; k < 4; k += 2) {
-    if constexpr (kWhole) {
-      load_two<true>(from + k * L, to[k], to[k + 1]);
-    } else {
-      for (int z = k; z < k + 2; z++) {
-        const int64_t left = n - z * L;
-        to[z] = left >= L ? loadu(from + z * L) : left > 0 ? load_part(from + z * L, left) : V{};
-      }
+  if constexpr (kWhole && Z % 2 == 0) {
+    LLMFAST_UNROLL
+    for (int z = 0; z < Z; z += 2) load_two<true>(from + z * L, to[z], to[z + 1]);
+  } else {
+    LLMFAST_UNROLL
+    for (int z = 0; z < Z; z++) {
+      const int64_t left = n - z * L;
+      to[z] = left >= L ? loadu(from + z * L) : left > 0 ? load_part(from + z * L, left) : V{};
     }
   }
 }
-template <bool kWhole, class T, class V>
-LLMFAST_INLINE void write4(T* to, int64_t n, const V* v) {
+template <int Z, bool kWhole, class T, class V>
+LLMFAST_INLINE void write_lanes(T* to, int64_t n, const V* v) {
   constexpr int L = kLanesOf<compute<T>>;
-  LLMFAST_UNROLL
-  for (int k = 0; k < 4; k += 2) {
-    if constexpr (kWhole) {
-      store_two<true>(to + k * L, v[k], v[k + 1]);
-    } else {
-      for (int z = k; z < k + 2; z++) {
-        const int64_t left = n - z * L;
-        if (left >= L) {
-          storeu(to + z * L, v[z]);
-        } else if (left > 0) {
-          store_part(to + z * L, v[z], left);
-        }
+  if constexpr (kWhole && Z % 2 == 0) {
+    LLMFAST_UNROLL
+    for (int z = 0; z < Z; z += 2) store_two<true>(to + z * L, v[z], v[z + 1]);
+  } else {
+    LLMFAST_UNROLL
+    for (int z = 0; z < Z; z++) {
+      const int64_t left = n - z * L;
+      if (left >= L) {
+        storeu(to + z * L, v[z]);
+      } else if (left > 0) {
+        store_part(to + z * L, v[z], left);
       }
     }
   }
@@ -497,9 +495,10 @@ void plain_columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>
   const C scale = static_cast<C>(p.scale);
   const T* const x = at<T>(p.x, a, b, i);
   T* const y = at<T>(p.y, a, b, i);
-  auto read = [&](int64_t j, V* to) __attribute__((always_inline)) { read4<kWhole>(x + j * p.x.stride[3], count, to); };
+  auto read = [&](int64_t j, V* to)
+                  __attribute__((always_inline)) { read_lanes<4, kWhole>(x + j * p.x.stride[3], count, to); };
   auto put = [&](int64_t j, const V* v)
-                 __attribute__((always_inline)) { write4<kWhole>(y + j * p.y.stride[3], count, v); };
+                 __attribute__((always_inline)) { write_lanes<4, kWhole>(y + j * p.y.stride[3], count, v); };
   V m[4], v[4];
   LLMFAST_UNROLL
   for (V& most : m) most = splat(-kInfOf<C>);

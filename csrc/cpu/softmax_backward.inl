@@ -100,9 +100,9 @@ void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
-// backward_row of 4 kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows. kWhole: there are so
+// backward_row of Z kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows. kWhole: there are so
 // many rows.
-template <class T, bool kWhole>
+template <int Z, bool kWhole, class T>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
   using V = vec_of<C>;
@@ -112,39 +112,40 @@ void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i)
   T* dx = at<T>(p.dx, a, b, i);
   const C scale = static_cast<C>(p.scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
-  V v[4], d[4], all[4];
+  V v[Z], d[Z], all[Z];
   auto read = [&](int64_t j) __attribute__((always_inline)) {
-    read4<kWhole>(y + j * p.y.stride[3], count, v), read4<kWhole>(dy + j * p.dy.stride[3], count, d);
+    read_lanes<Z, kWhole>(y + j * p.y.stride[3], count, v), read_lanes<Z, kWhole>(dy + j * p.dy.stride[3], count, d);
   };
-  double totals[4 * L] = {};
+  double totals[Z * L] = {};
   for (int64_t j = 0; j < N; j += kBlock) {
-    V sums[4] = {};
+    V sums[Z] = {};
     for (int64_t r = j; r < min(j + kBlock, N); r++) {
       read(r);
       LLMFAST_UNROLL
-      for (int k = 0; k < 4; k++) sums[k] += p.log ? counts(v[k], d[k]) : v[k] * d[k];
+      for (int k = 0; k < Z; k++) sums[k] += p.log ? counts(v[k], d[k]) : v[k] * d[k];
     }
-    for (int k = 0; k < 4 * L; k++) totals[k] += sums[k / L][k % L];
+    for (int k = 0; k < Z * L; k++) totals[k] += sums[k / L][k % L];
   }
-  for (int k = 0; k < 4 * L; k++) all[k / L][k % L] = static_cast<C>(totals[k]);
+  for (int k = 0; k < Z * L; k++) all[k / L][k % L] = static_cast<C>(totals[k]);
   for (int64_t j = 0; j < N; j++) {
     read(j);
     LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++)
+    for (int k = 0; k < Z; k++)
       v[k] = (p.log ? counts(v[k], d[k]) - exponential<C>(v[k]) * all[k] : v[k] * (d[k] - all[k])) * scale;
-    write4<kWhole>(dx + j * p.dx.stride[3], count, v);
+    write_lanes<Z, kWhole>(dx + j * p.dx.stride[3], count, v);
   }
 }
 
 template <class T>
 void backward(const SoftmaxBackward& p) {
   if (p.y.size[3] > 1 && p.y.stride[3] != 1) {
-    const int64_t step = 4 * kLanesOf<compute<T>>, M = p.y.size[2], L1 = p.y.size[1], groups = (M + step - 1) / step;
+    constexpr int64_t L = kLanesOf<compute<T>>;
+    const int64_t M = p.y.size[2], L1 = p.y.size[1], fours = M / (4 * L), groups = fours + (M % (4 * L) + L - 1) / L;
     const int64_t all = p.y.size[0] * L1 * groups;
-#pragma omp parallel for schedule(static) if (all > 1 && all * step * p.y.size[3] > 32768)
+#pragma omp parallel for schedule(static) if (all > 1 && p.y.size[0] * L1 * M * p.y.size[3] > 32768)
     for (int64_t t = 0; t < all; t++) {
-      const int64_t a = t / (L1 * groups), b = t / groups % L1, i = t % groups * step;
-      (i + step <= M ? backward_columns<T, true> : backward_columns<T, false>)(p, a, b, i);
+      const int64_t a = t / (L1 * groups), b = t / groups % L1, g = t % groups, i = (g + min(g, fours) * 3) * L;
+      (g < fours ? backward_columns<4, true, T> : backward_columns<1, false, T>)(p, a, b, i);
     }
     return;
   }
