@@ -448,45 +448,45 @@ void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, 
   }
 }
 
-// Z vectors, of which the first n lanes are there unless kWhole, ordered as load_two<true> does where Z is even.
-template <int Z, bool kWhole, class T, class V>
+// How M rows that lie side by side are taken, a lane each: by four vectors while there are so many, then by one.
+template <class C>
+struct Lanes {
+  static constexpr int64_t L = kLanesOf<C>;
+  int64_t fours, groups;
+
+  explicit Lanes(int64_t M) : fours(M / (4 * L)), groups(fours + (M % (4 * L) + L - 1) / L) {}
+  int64_t first(int64_t group) const { return (group + 3 * min(group, fours)) * L; }
+};
+
+// Z vectors in the order of load_two<true>'s lanes, or of one vector the first n lanes.
+template <int Z, class T, class V>
 LLMFAST_INLINE void read_lanes(const T* from, int64_t n, V* to) {
   constexpr int L = kLanesOf<compute<T>>;
-  if constexpr (kWhole && Z % 2 == 0) {
+  if constexpr (Z == 1) {
+    *to = n < L ? load_part(from, n) : loadu(from);
+  } else {
     LLMFAST_UNROLL
     for (int z = 0; z < Z; z += 2) load_two<true>(from + z * L, to[z], to[z + 1]);
-  } else {
-    LLMFAST_UNROLL
-    for (int z = 0; z < Z; z++) {
-      const int64_t left = n - z * L;
-      to[z] = left >= L ? loadu(from + z * L) : left > 0 ? load_part(from + z * L, left) : V{};
-    }
   }
 }
-template <int Z, bool kWhole, class T, class V>
+template <int Z, class T, class V>
 LLMFAST_INLINE void write_lanes(T* to, int64_t n, const V* v) {
   constexpr int L = kLanesOf<compute<T>>;
-  if constexpr (kWhole && Z % 2 == 0) {
+  if constexpr (Z > 1) {
     LLMFAST_UNROLL
     for (int z = 0; z < Z; z += 2) store_two<true>(to + z * L, v[z], v[z + 1]);
+  } else if (n < L) {
+    store_part(to, *v, n);
   } else {
-    LLMFAST_UNROLL
-    for (int z = 0; z < Z; z++) {
-      const int64_t left = n - z * L;
-      if (left >= L) {
-        storeu(to + z * L, v[z]);
-      } else if (left > 0) {
-        store_part(to + z * L, v[z], left);
-      }
-    }
+    storeu(to, *v);
   }
 }
 
 constexpr int64_t kBlock = 256;  // what columns sum in the compute type; the blocks' sums are added in double
 
-// Rows [i, i + 4 kLanes) of plain numbers whose contiguous dimension is M, a lane each: buffer (N, 4 kLanes) where N is
-// at most kTall, else exponentials are taken twice. kWhole: there are so many rows.
-template <class T, bool kWhole>
+// Rows [i, i + Z kLanes) of plain numbers whose contiguous dimension is M, a lane each: buffer (N, Z kLanes) where N is
+// at most kTall, else exponentials are taken twice.
+template <int Z, class T>
 void plain_columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer) {
   using C = compute<T>;
   using V = vec_of<C>;
@@ -495,53 +495,50 @@ void plain_columns(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>
   const C scale = static_cast<C>(p.scale);
   const T* const x = at<T>(p.x, a, b, i);
   T* const y = at<T>(p.y, a, b, i);
-  auto read = [&](int64_t j, V* to)
-                  __attribute__((always_inline)) { read_lanes<4, kWhole>(x + j * p.x.stride[3], count, to); };
-  auto put = [&](int64_t j, const V* v)
-                 __attribute__((always_inline)) { write_lanes<4, kWhole>(y + j * p.y.stride[3], count, v); };
-  V m[4], v[4];
+  V m[Z], v[Z];
+  auto read = [&](int64_t j) __attribute__((always_inline)) { read_lanes<Z>(x + j * p.x.stride[3], count, v); };
   LLMFAST_UNROLL
   for (V& most : m) most = splat(-kInfOf<C>);
   for (int64_t j = 0; j < N; j++) {
-    read(j, v);
+    read(j);
     LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) m[k] = max(m[k], v[k] * scale);
+    for (int k = 0; k < Z; k++) m[k] = max(m[k], v[k] * scale);
   }
   LLMFAST_UNROLL
   for (V& most : m) most = most == -kInfOf<C> ? V{} : most;
-  double totals[4 * L] = {};
+  double totals[Z * L] = {};
   for (int64_t j = 0; j < N; j += kBlock) {
-    V sums[4] = {};
+    V sums[Z] = {};
     for (int64_t r = j; r < min(j + kBlock, N); r++) {
-      read(r, v);
+      read(r);
       LLMFAST_UNROLL
-      for (int k = 0; k < 4; k++) {
+      for (int k = 0; k < Z; k++) {
         v[k] = exponential<C>(v[k] * scale - m[k]), sums[k] += v[k];
-        if (N <= kTall && !p.log) store(buffer + (4 * r + k) * L, v[k]);
+        if (N <= kTall && !p.log) store(buffer + (Z * r + k) * L, v[k]);
       }
     }
-    for (int k = 0; k < 4 * L; k++) totals[k] += sums[k / L][k % L];
+    for (int k = 0; k < Z * L; k++) totals[k] += sums[k / L][k % L];
   }
-  V l[4], inverse[4];  // of log_softmax the logarithm of l
-  for (int k = 0; k < 4 * L; k++) {
+  V l[Z], inverse[Z];  // of log_softmax the logarithm of l
+  for (int k = 0; k < Z * L; k++) {
     const C sum = static_cast<C>(totals[k]);
     l[k / L][k % L] = p.log ? (sum == 0 ? C(0) : log(sum)) : sum;
     inverse[k / L][k % L] = sum == 0 ? C(0) : 1 / sum;
   }
   for (int64_t j = 0; j < N; j++) {
-    if (p.log || N > kTall) read(j, v);
+    if (p.log || N > kTall) read(j);
     LLMFAST_UNROLL
-    for (int k = 0; k < 4; k++) {
+    for (int k = 0; k < Z; k++) {
       if (p.log) {
         v[k] = (v[k] * scale - m[k]) - l[k];
       } else if (N > kTall) {
         v[k] = exponential<C>(v[k] * scale - m[k]) * inverse[k];
       } else {
-        const V e = load(buffer + (4 * j + k) * L), q = e * inverse[k];
+        const V e = load(buffer + (Z * j + k) * L), q = e * inverse[k];
         v[k] = sizeof(T) == 2 ? q : q + (e - q * l[k]) * inverse[k];  // the quotient, as in finish
       }
     }
-    put(j, v);
+    write_lanes<Z>(y + j * p.y.stride[3], count, v);
   }
 }
 
@@ -608,8 +605,10 @@ void forward(const Softmax& p) {
   const bool once = !across && plain && (p.log || N <= kKept) && (kFma || !std::is_same_v<T, float>);
   const int64_t rows = p.x.size[0] * L1 * M, x_step = step_of(p.x), y_step = step_of(p.y);
   const bool together = once && N <= kShortVectors * L && p.offset >= N - 1 && x_step && y_step;
+  const Lanes<C> side(M);
   const int64_t step = lanes ? 4 * L : across || together ? L : 1;
-  const int64_t groups = (M + step - 1) / step, tasks = together ? (rows + L - 1) / L : p.x.size[0] * L1 * groups;
+  const int64_t groups = lanes ? side.groups : (M + step - 1) / step;
+  const int64_t tasks = together ? (rows + L - 1) / L : p.x.size[0] * L1 * groups;
   const bool past = p.x.size[0] * L1 * M * N * static_cast<int64_t>(sizeof(T)) >= kStream;
   if (N == 0) return;
 #pragma omp parallel if (tasks > 1 && tasks * step * N > 32768)
@@ -636,10 +635,8 @@ void forward(const Softmax& p) {
         row<T>(p, a, b, i, buffer, other, bases, once, past);
       } else if (!lanes) {
         columns<T>(p, a, b, i * L, buffer, other);
-      } else if ((i + 1) * step <= M) {
-        plain_columns<T, true>(p, a, b, i * step, buffer);
       } else {
-        plain_columns<T, false>(p, a, b, i * step, buffer);
+        (i < side.fours ? plain_columns<4, T> : plain_columns<1, T>)(p, a, b, side.first(i), buffer);
       }
     }
     drain();

@@ -100,9 +100,8 @@ void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
-// backward_row of Z kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows. kWhole: there are so
-// many rows.
-template <int Z, bool kWhole, class T>
+// backward_row of Z kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
+template <int Z, class T>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
   using V = vec_of<C>;
@@ -114,7 +113,7 @@ void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i)
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
   V v[Z], d[Z], all[Z];
   auto read = [&](int64_t j) __attribute__((always_inline)) {
-    read_lanes<Z, kWhole>(y + j * p.y.stride[3], count, v), read_lanes<Z, kWhole>(dy + j * p.dy.stride[3], count, d);
+    read_lanes<Z>(y + j * p.y.stride[3], count, v), read_lanes<Z>(dy + j * p.dy.stride[3], count, d);
   };
   double totals[Z * L] = {};
   for (int64_t j = 0; j < N; j += kBlock) {
@@ -132,20 +131,20 @@ void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i)
     LLMFAST_UNROLL
     for (int k = 0; k < Z; k++)
       v[k] = (p.log ? counts(v[k], d[k]) - exponential<C>(v[k]) * all[k] : v[k] * (d[k] - all[k])) * scale;
-    write_lanes<Z, kWhole>(dx + j * p.dx.stride[3], count, v);
+    write_lanes<Z>(dx + j * p.dx.stride[3], count, v);
   }
 }
 
 template <class T>
 void backward(const SoftmaxBackward& p) {
   if (p.y.size[3] > 1 && p.y.stride[3] != 1) {
-    constexpr int64_t L = kLanesOf<compute<T>>;
-    const int64_t M = p.y.size[2], L1 = p.y.size[1], fours = M / (4 * L), groups = fours + (M % (4 * L) + L - 1) / L;
-    const int64_t all = p.y.size[0] * L1 * groups;
+    const int64_t M = p.y.size[2], L1 = p.y.size[1];
+    const Lanes<compute<T>> side(M);
+    const int64_t groups = side.groups, all = p.y.size[0] * L1 * groups;
 #pragma omp parallel for schedule(static) if (all > 1 && p.y.size[0] * L1 * M * p.y.size[3] > 32768)
     for (int64_t t = 0; t < all; t++) {
-      const int64_t a = t / (L1 * groups), b = t / groups % L1, g = t % groups, i = (g + min(g, fours) * 3) * L;
-      (g < fours ? backward_columns<4, true, T> : backward_columns<1, false, T>)(p, a, b, i);
+      const int64_t a = t / (L1 * groups), b = t / groups % L1, g = t % groups;
+      (g < side.fours ? backward_columns<4, T> : backward_columns<1, T>)(p, a, b, side.first(g));
     }
     return;
   }
