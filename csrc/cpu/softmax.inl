@@ -437,9 +437,9 @@ void row(const Softmax& p, int64_t a, int64_t b, int64_t i, compute<T>* buffer, 
   const T* x = at<T>(p.x, a, b, i);
   T* y = at<T>(p.y, a, b, i);
   if (reinterpret_cast<uintptr_t>(y) % sizeof(T)) past = false;
-  auto* const plain = past ? p.log ? plain_row<T, true, true> : plain_row<T, true, false>
-                      : p.log ? plain_row<T, false, true>
-                              : plain_row<T, false, false>;
+  auto* const softmax = past ? plain_row<T, true, false> : plain_row<T, false, false>;
+  auto* const log_softmax = past ? plain_row<T, true, true> : plain_row<T, false, true>;
+  auto* const plain = p.log ? log_softmax : softmax;
   if (!once || n == 0 || !plain(x, n, p.scale, y, buffer, bases)) any_row<T>(p, a, b, i, n, buffer, other);
   if (p.log) {
     for (int64_t j = n; j < N; j++) from_float(y + j, -kInfOf<compute<T>>);
