@@ -32,11 +32,13 @@ TILES = {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 64 x 64 in dkdv spills 216 B
         128: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2)),  # 64 KiB in fwd: two blocks an SM; dq 128 x 64 spills
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 64, 8, 2)),  # dk and dv alone take 64 registers a thread
+        512: ((64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),  # 256 columns at a time; a second stage spills
     },
     "sm_90": {
         64: ((128, 128, 8, 2), (64, 128, 8, 2), (128, 128, 8, 2)),  # two warp groups of 64 rows
         128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),  # fwd 128 x 128 spills 112 B
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (128, 16, 8, 2)),  # 64 keys in dkdv spill 728 B, dq 64 x 32 32 B
+        512: ((64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),  # 256 columns at a time; dq 128 x 16 spills 360 B
     },
     "sm_100": {
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 167 registers; 128 keys fit at 228, in dq at 244
@@ -47,6 +49,7 @@ TILES = {
         64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),  # 240, 327, 266 registers; 128 keys fit at 246 to 383
         128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),  # 300, 319 and 363; twice the rows fit at 396 to 453
         256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),  # 385, 456 and 427; in dkdv 64 keys spill 108 B
+        512: ((64, 64, 4, 1), (32, 16, 4, 1), (64, 16, 4, 1)),  # 256 columns at a time; 32 keys spill 308 to 660 B
     },
     "gfx942 float32": {256: ((16, 16, 4, 1),) * 3, 128: ((32, 32, 4, 1),) * 3},  # as float32, in warps of 512 registers
     "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
@@ -59,6 +62,31 @@ TILES = {
         128: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 2)),  # dq in one stage keeps more: 88 B spilled
         256: ((16, 16, 8, 1),) * 3,
     },
+    "sm_80 tf32": {  # 4 bytes an element in shared memory, so half the keys of bf16
+        64: ((128, 64, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),  # fwd 64 keys spill 8 B, dkdv 64 keys more
+        256: ((64, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),  # dkdv 32 x 32 would take 160 KiB
+    },
+    "sm_90 tf32": {
+        64: ((128, 64, 8, 2), (32, 64, 8, 2), (128, 32, 8, 2)),  # two warp groups of 64 rows, 64 keys in dkdv
+        128: ((128, 32, 8, 2), (64, 32, 8, 2), (128, 32, 8, 2)),  # fwd 64 keys spill 104 B; dkdv 64 keys spill
+        256: ((64, 16, 8, 2), (32, 16, 8, 1), (32, 32, 8, 1)),  # 64 rows in dq and fwd 64 x 32 spill
+    },
+    "sm_100 tf32": {
+        64: ((128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),  # 223, 169 and 118 registers
+        128: ((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),  # 128 rows in dq fit too, in 209 KiB
+        256: ((64, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),  # 64 rows in dq spill
+    },
+    "gfx942 tf32": {
+        64: ((128, 32, 8, 2), (32, 64, 4, 2), (128, 32, 8, 2)),  # fwd 64 keys fill the 64 KiB
+        128: ((64, 32, 8, 2), (16, 32, 4, 1), (32, 32, 4, 2)),  # dkdv 32 x 32 spills 312 B; dq 64 x 32 fits
+        256: ((32, 16, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)),  # 32 KiB each
+    },
+    "tf32": {  # as "small": 99 KiB
+        64: ((128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),  # with a mask and a bias twice as much is over
+        128: ((64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 4, 2)),  # 128 rows fill it
+        256: ((32, 32, 8, 1), (16, 16, 8, 1), (32, 16, 4, 1)),  # 68, 80 and 96 KiB
+    },
     "interpreter": {256: ((64, 64, 4, 1),) * 3},  # its time goes by the number of tiles
 }
 
@@ -66,8 +94,14 @@ TILES = {
 TUNED = {}  # (architecture, kernel, size, dtype): what `llmfast tune` measured on this machine, before any table's row
 
 
+def arithmetic(dtype):
+    """The dtype's name, or tf32 where PyTorch has been told to round float32 products: tensor cores take those."""
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else str(dtype).removeprefix("torch.")
+
+
 def tuned(kernel, size, dtype):
-    """The measured tile of any kernel for this GPU, or None."""
+    """The measured tile of any kernel for this GPU, or None. dtype: a torch.dtype or what arithmetic says of one."""
     return TUNED.get((target(), kernel, size, str(dtype).removeprefix("torch."))) if TUNED else None
 
 
@@ -78,14 +112,15 @@ def row_of(D):
 
 def tile(kernel, D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages of fwd, dkdv or dq."""
-    if found := tuned(kernel, row_of(D), dtype):
+    kind = arithmetic(dtype)
+    if found := tuned(kernel, row_of(D), kind):
         return found
     arch = target()
     if arch != "interpreter":
-        names = (f"{arch} float32", "float32") if dtype == torch.float32 else (arch, "small")
+        names = (f"{arch} {kind}", kind) if dtype == torch.float32 else (arch, "small")
         arch = next(name for name in names if name in TILES)
     rows = TILES[arch]
-    return rows[min((d for d in rows if d >= D), default=256)][("fwd", "dkdv", "dq").index(kernel)]
+    return rows[min((d for d in rows if d >= D), default=max(rows))][("fwd", "dkdv", "dq").index(kernel)]
 
 
 def block_d(D):
@@ -97,7 +132,7 @@ def options(spec, q, k):
     """The compile-time options that every attention kernel shares."""
     return dict(
         SOFTCAP=spec.softcap != 0, DROPOUT=spec.dropout_p > 0, GROUP=q.shape[1] // k.shape[1],
-        PRECISION="tf32" if torch.get_float32_matmul_precision() != "highest" else "ieee",
+        PRECISION="tf32" if arithmetic(q.dtype) == "tf32" else "ieee",
     )
 
 
@@ -291,12 +326,12 @@ def dot_over_d(
     a_tile, a, sa, m0, M, BLOCK_M: tl.constexpr, b_tile, b, sb, n0, N, BLOCK_N: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """a b^T: (BLOCK_M, BLOCK_N) float32, from the tiles, or where D is beyond 256 from memory in pieces of BLOCK_D."""
+    """a b^T: (BLOCK_M, BLOCK_N) float32, from the tiles, or from memory in pieces where D is beyond BLOCK_D."""
     if D <= BLOCK_D:
         return tl.dot(a_tile, tl.trans(b_tile), input_precision=PRECISION)
     else:
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d0 in tl.static_range(0, D, BLOCK_D):
+        for d0 in range(0, D, BLOCK_D):
             a_part = load_tile(a + d0, sa, m0, M, BLOCK_M, D - d0, BLOCK_D, True)
             b_part = load_tile(b + d0, sb, n0, N, BLOCK_N, D - d0, BLOCK_D, True)
             s = tl.dot(a_part, tl.trans(b_part), s, input_precision=PRECISION)

@@ -11,17 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, numbers, options, row_of, scores, strides, tuned
+from .attention import LOG2E, arithmetic, numbers, options, row_of, scores, strides, target, tuned
 
 SPLIT = 1024  # keys a program reads: 8k keys make 8 programs a head, and merging costs 1 / 1024 of the reading
 
 
 def tile(D, dtype):
     """BLOCK_N, num_warps, num_stages."""
-    if found := tuned("decode", row_of(D), dtype):
+    if found := tuned("decode", row_of(D), arithmetic(dtype)):
         return found
-    block_n = min(max(16, 16384 // (D * dtype.itemsize)), 64)  # 3 stages in 99 KiB, 2 in 64
-    return block_n, 8 if dtype == torch.float32 else 4, 3  # float32 in 4 warps spills 6 KiB at D = 256
+    row = D * dtype.itemsize
+    block_n = min(max(16, 16384 // row), 64)  # 3 stages in 99 KiB, 2 in 64
+    if dtype != torch.float32:
+        return block_n, 4, 3
+    stages = 1 if row > 1024 else 2 if target().startswith("gfx") else 3  # the third takes 66 KiB of gfx942's 64
+    return block_n, 8, stages  # in 4 warps D = 256 spills 6 KiB
 
 
 def forward(q, k, v, o, lse, spec, extras):

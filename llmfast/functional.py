@@ -30,7 +30,8 @@ def attention(
     """o = softmax(q k^T * scale) v, fused (FlashAttention-2, arXiv 2307.08691).
 
     Args:
-        q: (B, H, Nq, D); float32, bfloat16, float16 or float64, any strides.
+        q: (B, H, Nq, D); float32, bfloat16, float16 or float64, any strides. On a GPU float32 is multiplied in tf32
+            where torch.backends.cuda.matmul.fp32_precision says so.
         k, v: (B, Hk, Nk, D) and (B, Hk, Nk, Dv), Hk dividing H; q's dtype and device.
         causal: True aligns the diagonal bottom-right (the last query sees every key), "top_left" as PyTorch does.
         window: w sees w keys up to the diagonal with causal, |j - i| < w without; a pair is flash-attn's (left, right),

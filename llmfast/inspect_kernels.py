@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,18 @@ from .machine_code import SHARED, Compiled, instructions
 
 ARCHS = tuple(SHARED)
 ROWS = ("softmax", "cross_entropy")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def products(name: str):
+    """Inside, PyTorch's switch for float32 products is on where `name`, one of DTYPES, is tf32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if name == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS)) -> Iterator[tuple]:
@@ -63,9 +75,10 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS))
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         if option == "decode":
             lengths = torch.empty(1, dtype=torch.int32)
-            return decode.forward(
-                q[:, :, :1], k, k, o[:, :, :1], None, spec, Extras(seqlens_k=lengths, page_table=lengths[:, None])
-            )
+            for pages in (None, lengths[:, None]):  # loads by a page table can't be fetched ahead
+                extras = Extras(seqlens_k=lengths, page_table=pages)
+                decode.forward(q[:, :, :1], k, k, o[:, :, :1], None, spec, extras)
+            return
         if option in ("tma", "everything"):  # what there is of everything
             few = spec._replace(dropout_p=0.0), Extras(alibi_slopes=extras.alibi_slopes, sinks=extras.sinks)
             if attention_tma.refuses(q, k, k, *few) is None:
@@ -111,7 +124,8 @@ def inspect(archs=ARCHS, kernel: str = "", **choice) -> Iterator[Compiled]:
         driver = driver_for(arch)
         for name, run in problems(**choice):
             driver.forget()
-            run()
+            with products(name.split()[0]):
+                run()
             for found in driver.launched:
                 if kernel in found[0]:
                     yield read(*found, name, arch)

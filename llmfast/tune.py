@@ -26,7 +26,7 @@ import torch
 from . import cases
 from .backends import reference
 from .environment import tiles_path
-from .inspect_kernels import ARCHS, DTYPES, driver_for, read
+from .inspect_kernels import ARCHS, DTYPES, driver_for, products, read
 from .machine_code import SHARED
 from .spec import (
     NO_CROSS_ENTROPY_EXTRAS,
@@ -41,9 +41,9 @@ from .spec import (
 _POWERS = tuple(2**i for i in range(18))
 
 
-def _rows(size, elements, columns):
+def _rows(size, columns):
     """BLOCK_M, BLOCK_N, num_warps: a program takes whole rows while they are short, 32 elements a lane or fewer."""
-    whole = [(max(1, e // size), size, w) for e in elements for w in (1, 2, 4, 8, 16, 32)]
+    whole = [(max(1, e // size), size, w) for e in (2048, 4096, 8192) for w in (1, 2, 4, 8, 16, 32)]
     parts = [(1, n, w) for n in columns for w in (4, 8, 16, 32)]
     tiles = whole if size <= max(columns) else parts
     return [(m, n, w) for m, n, w in dict.fromkeys(tiles) if 4 <= m * n // (32 * w) <= 64]
@@ -55,10 +55,11 @@ class Kernel(NamedTuple):
     name: str
     sizes: tuple[int, ...]
     candidates: Callable[[int], list[tuple[int, ...]]]
-    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32", "tf32")
 
 
 HEAD_DIMS, COLUMNS = (64, 128, 256), _POWERS[4:]
+ELEMENTS = ("bf16", "fp16", "fp32")  # of kernels without a product
 KERNELS = {  # of attention BLOCK_M, BLOCK_N, num_warps, num_stages; by TMA also the programs on an SM
     "fwd": Kernel("attention_fwd", HEAD_DIMS, lambda D: list(product((64, 128), (32, 64, 128), (4, 8), (2, 3)))),
     "fwd_tma": Kernel(
@@ -70,10 +71,14 @@ KERNELS = {  # of attention BLOCK_M, BLOCK_N, num_warps, num_stages; by TMA also
     "dkdv": Kernel("attention_bwd_dkdv", HEAD_DIMS, lambda D: list(product((32, 64), (32, 64, 128), (4, 8), (1, 2)))),
     "dq": Kernel("attention_bwd_dq", HEAD_DIMS, lambda D: list(product((64, 128), (16, 32, 64, 128), (4, 8), (2,)))),
     "decode": Kernel("attention_decode", HEAD_DIMS, lambda D: list(product((16, 32, 64, 128), (4, 8), (2, 3, 4)))),
-    "softmax_fwd": Kernel("softmax_fwd", COLUMNS[:13], lambda N: _rows(N, (2048, 4096, 8192), _POWERS[12:16])),
-    "softmax_bwd": Kernel("softmax_bwd", COLUMNS[:12], lambda N: _rows(N, (2048, 4096, 8192), _POWERS[12:15])),
-    "cross_entropy": Kernel("cross_entropy", COLUMNS[:11], lambda V: _rows(V, (2048, 4096, 8192), _POWERS[12:14])),
+    "softmax_fwd": Kernel("softmax_fwd", COLUMNS[:13], lambda N: _rows(N, _POWERS[12:16]), ELEMENTS),
+    "softmax_bwd": Kernel("softmax_bwd", COLUMNS[:12], lambda N: _rows(N, _POWERS[12:15]), ELEMENTS),
+    "cross_entropy": Kernel("cross_entropy", COLUMNS[:11], lambda V: _rows(V, _POWERS[12:14]), ELEMENTS),
 }
+
+
+def _in_table(dtype):
+    return dtype if dtype == "tf32" else str(DTYPES[dtype]).removeprefix("torch.")
 
 
 def read_table(path: Path) -> dict[tuple, tuple[int, ...]]:
@@ -90,7 +95,7 @@ def read_table(path: Path) -> dict[tuple, tuple[int, ...]]:
     for (arch, name, size, dtype), tile in found.items():
         kernel = KERNELS.get(name) if isinstance(name, str) else None
         known = kernel and size in kernel.sizes and isinstance(arch, str)
-        known = known and dtype in {str(DTYPES[d]).removeprefix("torch.") for d in kernel.dtypes}
+        known = known and dtype in map(_in_table, kernel.dtypes)
         if not known or not all(type(n) is int for n in tile) or tile not in kernel.candidates(size):
             raise ValueError(f"{[arch, name, size, dtype, tile]!r:.200} is not a tile that tune tries")
     return found
@@ -113,14 +118,14 @@ class Problem(NamedTuple):
     truth: Callable[[Callable], dict[str, torch.Tensor]]
 
 
-def problem(name: str, size: int, dtype: torch.dtype, device="cpu", small=False) -> Problem:
+def problem(name: str, size: int, dtype: str, device="cpu", small=False) -> Problem:
     """16384 tokens in 16 heads, 64k keys of a cache, 2**26 elements in rows; small: for compiling and interpreting."""
     g = torch.Generator(device).manual_seed(0)
-    rand = lambda *shape: torch.randn(shape, generator=g, device=device).to(dtype)
-    return (_on_rows if name.startswith(("softmax", "cross")) else _on_heads)(name, size, dtype, rand, small)
+    rand = lambda *shape: torch.randn(shape, generator=g, device=device).to(DTYPES[dtype])
+    return (_on_rows if name.startswith(("softmax", "cross")) else _on_heads)(name, size, rand, small)
 
 
-def _on_heads(name, D, dtype, rand, small):
+def _on_heads(name, D, rand, small):
     from .kernels import attention, attention_backward, attention_tma, decode
 
     B, H, N = (1, 2, 128) if small else (8, 8, 8192) if name == "decode" else (4, 16, 4096)
@@ -159,7 +164,7 @@ def _on_heads(name, D, dtype, rand, small):
     return Problem(run, lambda: {n: t[first] for n, t in outputs.items()}, truth)
 
 
-def _on_rows(name, N, dtype, rand, small):
+def _on_rows(name, N, rand, small):
     from .kernels import cross_entropy, softmax
 
     M, few = (8 if small else 2**26 // N), slice(8)
@@ -214,12 +219,12 @@ def figures(arch: str, name: str, size: int, dtype: str) -> Iterator[Figures]:
     from .kernels import attention
 
     driver, kernel, built_in = driver_for(arch), KERNELS[name], None
-    work = problem(name, size, DTYPES[dtype], small=True)
+    work = problem(name, size, dtype, small=True)
     for tile in (None, *kernel.candidates(size)):
         if arch.startswith("gfx") and tile and 32 in tile[2:3]:  # warps of 64 lanes: 1024 threads are 16
             continue
         driver.forget()
-        with trying(attention, name, size, DTYPES[dtype], tile):
+        with trying(attention, name, size, dtype, tile):
             work.run()
         found = [c for c in (read(*f, dtype, arch) for f in driver.launched if f[0].startswith(kernel.name))]
         most = max(found, key=lambda c: (c.spills, c.shared))
@@ -234,12 +239,13 @@ def figures(arch: str, name: str, size: int, dtype: str) -> Iterator[Figures]:
 
 @contextmanager
 def trying(attention, name, size, dtype, tile):
-    """Launches inside take this tile."""
-    key = attention.target(), name, size, str(dtype).removeprefix("torch.")
+    """Launches inside take this tile and, where dtype is tf32, round float32 to it."""
+    key = attention.target(), name, size, _in_table(dtype)
     if tile is not None:
         attention.TUNED[key] = tuple(tile)
     try:
-        yield key
+        with products(dtype):
+            yield key
     finally:
         attention.TUNED.pop(key, None)
 
@@ -263,8 +269,9 @@ def measure(name, size, dtype, tiles, clock, device="cuda", rounds=30, small=Fal
     """Each tile's median over rounds in which every one has its turn; None is the tile that is built in."""
     from .kernels import attention
 
-    work = problem(name, size, dtype, device, small)
-    truth, near = work.truth(torch.Tensor.double), work.truth(lambda t: t)
+    with products(dtype):
+        work = problem(name, size, dtype, device, small)
+        truth, near = work.truth(torch.Tensor.double), work.truth(lambda t: t)
     times, found = {}, []
     for tile in tiles:
         with trying(attention, name, size, dtype, tile):
@@ -355,9 +362,9 @@ def main(arguments: list[str] | None = None) -> int:
                     print(json.dumps(row) if chosen.json else f"  {row}", flush=True)
                 continue
             fit = [f.tile and tuple(f.tile) for f in compiled_elsewhere(arch, name, size, dtype) if not f.why_not]
-            found = measure(name, size, DTYPES[dtype], fit, on_gpu)
+            found = measure(name, size, dtype, fit, on_gpu)
             print(*(f"  {row}" for row in found), sep="\n", flush=True)
-            with trying(attention, name, size, DTYPES[dtype], None) as key:
+            with trying(attention, name, size, dtype, None) as key:
                 table.pop(key, None)
             if (tile := best(found)) is not None:
                 table[key] = tile

@@ -27,3 +27,29 @@ def test_double_backward(name):
     truth, near = second(p.to(torch.float64), "reference"), second(p, "reference")
     for n, got in second(p, "triton").items():
         assert cases.breaks(n, got, truth[n], [near[n]], cases.C_GRADIENT, got.dtype, by_head=False) == []
+
+
+SWITCHES = {
+    "of old": lambda: torch.set_float32_matmul_precision("high"),
+    "of products": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_tf32_by_either_switch(switch):
+    """PyTorch raises an error where its old switch is read after the new one was set."""
+    p = cases.problem(cases.CASES["causal fewer keys"], torch.float32, device=device_of("triton"))
+    run_or_skip(p, "triton")
+    from llmfast.kernels import attention
+
+    run = lambda p, backend: llmfast.attention(p.q, p.k, p.v, **p.options, backend=backend)
+    assert attention.arithmetic(torch.float32) == "float32"
+    try:
+        SWITCHES[switch]()
+        assert [attention.arithmetic(t) for t in (torch.float32, torch.bfloat16)] == ["tf32", "bfloat16"]
+        o, near = run(p, "triton"), run(p, "reference")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    truth = run(p.to(torch.float64), "reference")
+    assert cases.breaks("o", o, truth, [near], cases.C_FORWARD, o.dtype) == []

@@ -24,7 +24,9 @@ ROW = ("sm_90", "fwd", 128, "bfloat16"), (128, 64, 8, 3)
 
 
 def test_a_table_comes_back(tmp_path):
-    table = dict([ROW, (("gfx942", "decode", 64, "float32"), (32, 4, 2))])
+    table = dict(
+        [ROW, (("gfx942", "decode", 64, "float32"), (32, 4, 2)), (("sm_90", "dq", 64, "tf32"), (64, 64, 8, 2))]
+    )
     write_table(tmp_path / "new" / "tiles.json", table, gpu="a GPU")
     assert read_table(tmp_path / "new" / "tiles.json") == table
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["tiles.json"]
@@ -50,6 +52,7 @@ HOSTILE = {
     "a list for a kernel": row("sm_90", [], 128, "bfloat16", [128, 64, 8, 3]),
     "another size": row("sm_90", "fwd", 100, "bfloat16", [128, 64, 8, 3]),
     "another dtype": row("sm_90", "fwd_tma", 128, "float32", [128, 64, 8, 3, 1]),
+    "tf32 of a softmax": row("sm_90", "softmax_fwd", 4096, "tf32", [1, 4096, 8]),
     "no architecture": row(90, "fwd", 128, "bfloat16", [128, 64, 8, 3]),
     "a tile never tried": row(*ROW[0], [100_000_000, 64, 8, 3]),
     "a negative tile": row(*ROW[0], [128, -64, 8, 3]),
@@ -132,7 +135,7 @@ def test_every_kernel_is_measured(name, monkeypatch):
         return 2.0 if attention.TUNED else 3.0
 
     triton_or_skip()
-    args = name, size, tune.DTYPES[dtype], [None, tile], clock
+    args = name, size, dtype, [None, tile], clock
     found = measure(*args, device=device_of("triton"), rounds=3, small=True)
     assert turns == [[], [tile]] * 3
     assert attention.TUNED == {}
@@ -163,7 +166,7 @@ def test_a_wrong_result_is_told(monkeypatch):
 
     monkeypatch.setattr(tune, "problem", spoiled)
     triton_or_skip()
-    found = measure("softmax_fwd", 64, torch.float32, [None], lambda run: 1.0, device_of("triton"), 2, small=True)
+    found = measure("softmax_fwd", 64, "fp32", [None], lambda run: 1.0, device_of("triton"), 2, small=True)
     assert "y max error" in found[0].wrong[0]
 
 
