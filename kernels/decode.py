@@ -16,16 +16,17 @@ from .attention import LOG2E, arithmetic, numbers, options, row_of, scores, stri
 SPLIT = 1024  # keys a program reads: 8k keys make 8 programs a head, and merging costs 1 / 1024 of the reading
 
 
+def lines(D, dtype):
+    """Rows of q, k or v in a tile: 16 KiB of them, so that q and three stages of k and v fit in 99 KiB."""
+    return min(max(16, 16384 // (D * dtype.itemsize)), 64)
+
+
 def tile(D, dtype):
     """BLOCK_N, num_warps, num_stages."""
     if found := tuned("decode", row_of(D), arithmetic(dtype)):
         return found
-    row = D * dtype.itemsize
-    block_n = min(max(16, 16384 // row), 64)  # 3 stages in 99 KiB, 2 in 64
-    if dtype != torch.float32:
-        return block_n, 4, 3
-    stages = 1 if row > 1024 else 2 if target().startswith("gfx") else 3  # the third takes 66 KiB of gfx942's 64
-    return block_n, 8, stages  # in 4 warps D = 256 spills 6 KiB
+    stages = 1 if D * dtype.itemsize > 1024 else 2 if target().startswith("gfx") else 3  # there 3 ask for 66 of 64 KiB
+    return lines(D, dtype), 8 if dtype == torch.float32 else 4, stages  # float32 in 4 warps spills 6 KiB at D = 256
 
 
 def forward(q, k, v, o, lse, spec, extras):
@@ -37,8 +38,11 @@ def forward(q, k, v, o, lse, spec, extras):
     if B * H * Nq == 0:
         return
     rows = H // Hk * Nq
-    block_m = min(max(16, triton.next_power_of_2(rows)), 64)
     block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
+    most = lines(max(block_d, block_dv), q.dtype)
+    if q.dtype == torch.float32:
+        most = max(16, most // 2)  # scores and o of 32 rows of 128 spill 360 B on sm_120
+    block_m = min(max(16, triton.next_power_of_2(rows)), most)
     block_n, num_warps, num_stages = tile(max(block_d, block_dv), q.dtype)
     tiles, splits = triton.cdiv(rows, block_m), max(1, triton.cdiv(M, SPLIT))
     parts = torch.empty(splits, B, H, Nq, Dv, dtype=torch.float32, device=q.device)

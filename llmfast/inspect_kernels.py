@@ -75,9 +75,9 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS))
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
         if option == "decode":
             lengths = torch.empty(1, dtype=torch.int32)
-            for pages in (None, lengths[:, None]):  # loads by a page table can't be fetched ahead
+            for pages, queries in ((None, 1), (lengths[:, None], 1), (None, 32)):  # by pages nothing is fetched ahead
                 extras = Extras(seqlens_k=lengths, page_table=pages)
-                decode.forward(q[:, :, :1], k, k, o[:, :, :1], None, spec, extras)
+                decode.forward(q[:, :, :queries], k, k, o[:, :, :queries], None, spec, extras)
             return
         if option in ("tma", "everything"):  # what there is of everything
             few = spec._replace(dropout_p=0.0), Extras(alibi_slopes=extras.alibi_slopes, sinks=extras.sinks)
