@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .attention import arithmetic, attend, block_d, numbers, options, row_of, strides, target, tuned
+from .attention import attend, block_d, numbers, options, row_of, strides, target, tuned
 
 # By architecture and largest head dim: BLOCK_M, BLOCK_N, num_warps, num_stages, programs on an SM. Two stages: a tile's
 # two products take 2000 clocks at a head dim of 128, half of it at 64, and the next tile comes in less.
@@ -45,7 +45,7 @@ def table(arch):
 
 def tile(D, dtype):
     """BLOCK_M, BLOCK_N, num_warps, num_stages and programs on an SM."""
-    if found := tuned("fwd_tma", row_of(D), arithmetic(dtype)):
+    if found := tuned("fwd_tma", row_of(D), dtype):
         return found
     rows = table(target())
     return rows[min(d for d in rows if d >= D)]

@@ -17,7 +17,7 @@ SPLIT = 1024  # keys a program reads: 8k keys make 8 programs a head, and mergin
 
 
 def lines(D, dtype):
-    """Rows of q, k or v in a tile: 16 KiB of them, so that q and three stages of k and v fit in 99 KiB."""
+    """Rows of k or v in a tile: 16 KiB of them, so that q and three stages of both fit in 99 KiB; tl.dot takes 16."""
     return min(max(16, 16384 // (D * dtype.itemsize)), 64)
 
 
@@ -25,8 +25,10 @@ def tile(D, dtype):
     """BLOCK_N, num_warps, num_stages."""
     if found := tuned("decode", row_of(D), arithmetic(dtype)):
         return found
-    stages = 1 if D * dtype.itemsize > 1024 else 2 if target().startswith("gfx") else 3  # there 3 ask for 66 of 64 KiB
-    return lines(D, dtype), 8 if dtype == torch.float32 else 4, stages  # float32 in 4 warps spills 6 KiB at D = 256
+    num_stages = 2 if target().startswith("gfx") else 3  # three ask for 66 of gfx942's 64 KiB
+    if 16 * D * dtype.itemsize > 16384:
+        num_stages = 1
+    return lines(D, dtype), 8 if dtype == torch.float32 else 4, num_stages  # in 4 warps float32 spills 6 KiB at D = 256
 
 
 def forward(q, k, v, o, lse, spec, extras):
@@ -39,11 +41,12 @@ def forward(q, k, v, o, lse, spec, extras):
         return
     rows = H // Hk * Nq
     block_d, block_dv = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
-    most = lines(max(block_d, block_dv), q.dtype)
+    wide = max(block_d, block_dv)
+    most = lines(wide, q.dtype)
     if q.dtype == torch.float32:
-        most = max(16, most // 2)  # scores and o of 32 rows of 128 spill 360 B on sm_120
+        most = max(16, most // 2)  # 32 rows of 128 spill 360 B on sm_120
     block_m = min(max(16, triton.next_power_of_2(rows)), most)
-    block_n, num_warps, num_stages = tile(max(block_d, block_dv), q.dtype)
+    block_n, num_warps, num_stages = tile(wide, q.dtype)
     tiles, splits = triton.cdiv(rows, block_m), max(1, triton.cdiv(M, SPLIT))
     parts = torch.empty(splits, B, H, Nq, Dv, dtype=torch.float32, device=q.device)
     logs = torch.empty(splits, B, H, Nq, dtype=torch.float32, device=q.device)
