@@ -127,11 +127,7 @@ LLMFAST_INLINE void product(const char* a, int64_t ar, int64_t ak, const U* b, i
     LLMFAST_UNROLL
     for (int v = 0; v < V; v++) y[v] = loadu(b + k * bk + v * kLanesOf<C>);
     LLMFAST_UNROLL
-    for (int r = 0; r < R; r++) {
-      U x = read<U>(a + r * ar + k * ak, 0);
-      LLMFAST_UNROLL
-      for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, y[v]);
-    }
+    for (int r = 0; r < R; r++) multiply_add_row<C, U>(acc[r], a + r * ar + k * ak, y);
   }
   finish(acc);
 }

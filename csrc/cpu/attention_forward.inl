@@ -4,7 +4,8 @@
 // straight from memory, so it is never packed; maxima, sums and rescaling are vertical. |scale| * log2(e) enters with
 // the exponential as one fused multiply-add, its sign with q. Keys come in blocks of kKeys = 96 or 128. Where the
 // machine has bf16 dot products, the unit of the two products is a pair: of head dims in q k^T, of keys in p v (p
-// packed over S, v interleaved). Other half precision, and pages, are copied to scratch.
+// packed over S, v interleaved). Other half precision, and pages, are copied to scratch. Q^T, S and O^T lie in panels
+// of kPanel queries, which go through a block of keys one after the other.
 //
 // Up to kTogether query blocks of one kv head go through the keys together: a block of keys is copied or interleaved
 // once and read from L2. Key blocks begin at multiples of kKeys, so bits don't depend on how query blocks are grouped.
@@ -23,6 +24,13 @@ constexpr int kTogether = std::is_same_v<T, compute<T>> ? 1 : 4;
 constexpr int64_t kTogetherBytes = 256 << 10;  // of Q^T and O^T, a quarter of L2 (1 MiB on Zen 4)
 constexpr int kTileV = kRegisters / 8;         // AVX-512 and NEON: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
+template <class C>  // queries in a panel, a tile's width: rows of 256 bytes would share a quarter of L1's sets
+constexpr int kPanel = kTileV * kLanesOf<C>;
+// Where vector g of the queries begins in a matrix of `rows` rows; the next row is kPanel further.
+template <class C, class U>
+LLMFAST_INLINE U* column(U* matrix, int64_t rows, int g) {
+  return matrix + g / kTileV * rows * kPanel<C> + g % kTileV * kLanesOf<C>;
+}
 template <class C>  // head dims summed in one accumulator, so that long sums err no more than a BLAS
 constexpr int64_t kChunk = std::is_same_v<C, double> ? 16
                            : kFma                    ? 64
@@ -42,8 +50,9 @@ struct Block {
   Sequence seq;
   int64_t h, i0, nq, D, Dv, offset;  // queries [i0, i0 + nq); key j lies offset = Nk - Nq right of query j
   bool adjusts;                      // S holds finished scores; otherwise q k^T still to be scaled
-  unit<T>* qt;                       // (D, 64), in units
-  C *o, *m, *l, *alpha;              // (Dv, 64), (64,), (64,), (64,)
+  int64_t W, Wv;                     // D and Dv, to whole vectors
+  unit<T>* qt;                       // (64 / kPanel, W, kPanel), in units
+  C *o, *m, *l, *alpha;              // (64 / kPanel, Wv, kPanel), (64,), (64,), (64,)
 
   int64_t first() const { return max<int64_t>(0, i0 + offset - a.spec.left) / kStrip * kStrip; }
   int64_t end() const { return min(seq.Nk, i0 + nq + offset + a.spec.right); }  // keys [first, end) are seen
@@ -60,7 +69,7 @@ struct Workspace {
   using C = compute<T>;
   unit<T>* v;       // (128, Dv), in units
   T* k_copy;        // bf16 pairs that can't be read in place: (128, D)
-  C *k, *s, *tile;  // (128, D), (128, 64), (16, 64)
+  C *k, *s, *tile;  // (128, D), (64 / kPanel, 128, kPanel), (16, 64)
   C* parts;         // the blocks' qt, o, m, l, alpha
   int64_t part_size;
 };
@@ -77,13 +86,9 @@ LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units
     auto step = [&](int64_t d) __attribute__((always_inline)) {
       decltype(load(qt)) q[V];
       LLMFAST_UNROLL
-      for (int v = 0; v < V; v++) q[v] = load(qt + d * kRows + v * L);
+      for (int v = 0; v < V; v++) q[v] = load(qt + d * kPanel<C> + v * L);
       LLMFAST_UNROLL
-      for (int r = 0; r < R; r++) {
-        U x = read<U>(k + r * sk, d);
-        LLMFAST_UNROLL
-        for (int v = 0; v < V; v++) acc[r][v] = multiply_add<C>(acc[r][v], x, q[v]);
-      }
+      for (int r = 0; r < R; r++) multiply_add_row<C, U>(acc[r], k + r * sk + d * sizeof(U), q);
     };
     const int64_t d1 = min(units, d0 + chunk);
     int64_t d = d0;
@@ -92,7 +97,7 @@ LLMFAST_INLINE void scores(const U* qt, const char* k, int64_t sk, int64_t units
     LLMFAST_UNROLL
     for (int r = 0; r < R; r++) LLMFAST_UNROLL
     for (int v = 0; v < V; v++) {
-      C* at = s + r * kRows + v * L;
+      C* at = s + r * kPanel<C> + v * L;
       store(at, d0 ? load(at) + acc[r][v] : acc[r][v]);
     }
   }
@@ -105,24 +110,20 @@ LLMFAST_INLINE void accumulate(const U* p, const char* v, int64_t sv, int64_t un
   vec_of<C> acc[R][V];
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
-  for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kRows + x * L) * load(alpha + x * L);
+  for (int x = 0; x < V; x++) acc[r][x] = load(o + r * kPanel<C> + x * L) * load(alpha + x * L);
   auto step = [&](int64_t j) __attribute__((always_inline)) {
     decltype(load(p)) w[V];
     LLMFAST_UNROLL
-    for (int x = 0; x < V; x++) w[x] = load(p + j * kRows + x * L);
+    for (int x = 0; x < V; x++) w[x] = load(p + j * kPanel<C> + x * L);
     LLMFAST_UNROLL
-    for (int r = 0; r < R; r++) {
-      U y = read<U>(v + j * sv, r);
-      LLMFAST_UNROLL
-      for (int x = 0; x < V; x++) acc[r][x] = multiply_add<C>(acc[r][x], y, w[x]);
-    }
+    for (int r = 0; r < R; r++) multiply_add_row<C, U>(acc[r], v + j * sv + r * sizeof(U), w);
   };
   int64_t j = 0;
   for (; j + 2 <= units; j += 2) step(j), step(j + 1);
   for (; j < units; j++) step(j);
   LLMFAST_UNROLL
   for (int r = 0; r < R; r++) LLMFAST_UNROLL
-  for (int x = 0; x < V; x++) store(o + r * kRows + x * L, acc[r][x]);
+  for (int x = 0; x < V; x++) store(o + r * kPanel<C> + x * L, acc[r][x]);
 }
 
 // Calls f<R>(first row) over n rows, in tiles that fill the registers beside V vectors.
@@ -136,15 +137,19 @@ LLMFAST_INLINE void tiles(int64_t n, F&& f) {
   if (r < n) f(r, std::integral_constant<int, 1>{});
 }
 
-// Calls f<V>(first vector) over the vectors [v0, v1).
+// Calls f<V>(first vector) over the vectors [v0, v1), those of a panel together.
 template <class F>
 LLMFAST_INLINE void vectors(int v0, int v1, F&& f) {
-  for (; v1 - v0 >= kTileV; v0 += kTileV) f(v0, std::integral_constant<int, kTileV>{});
-  if constexpr (kTileV == 4) {
-    if (v1 - v0 == 3) f(v0, std::integral_constant<int, 3>{});
-    if (v1 - v0 == 2) f(v0, std::integral_constant<int, 2>{});
+  while (v0 < v1) {
+    const int n = min(v1 - v0, kTileV - v0 % kTileV);
+    if (n == kTileV) f(v0, std::integral_constant<int, kTileV>{});
+    if constexpr (kTileV == 4) {
+      if (n == 3) f(v0, std::integral_constant<int, 3>{});
+      if (n == 2) f(v0, std::integral_constant<int, 2>{});
+    }
+    if (n == 1) f(v0, std::integral_constant<int, 1>{});
+    v0 += n;
   }
-  if (v1 - v0 == 1) f(v0, std::integral_constant<int, 1>{});
 }
 
 // Q^T in units, its rows times the sign of scale; rows past nq are zero.
@@ -152,7 +157,7 @@ template <class T>
 void transpose_q(const Block<T>& x) {
   using U = unit<T>;
   using V = decltype(load(x.qt));
-  constexpr int L = sizeof(V) / sizeof(U), kStep = L * kPer<T>;
+  constexpr int L = sizeof(V) / sizeof(U), kStep = L * kPer<T>, P = kPanel<compute<T>>;
   const bool negative = x.a.spec.scale < 0;
   const Tensor& from = x.a.q;
   const T* const rows = reinterpret_cast<const T*>(from.data) + x.seq.batch * from.stride[0] + x.h * from.stride[1] +
@@ -176,62 +181,68 @@ void transpose_q(const Block<T>& x) {
         }
       }
       transpose(r);
-      for (int i = 0; i < L; i++) store(x.qt + (d / kStep * L + i) * kRows + g, r[i]);
+      U* const to = column<compute<T>>(x.qt, x.W, g / L) + d / kStep * L * P;
+      for (int i = 0; i < L; i++) store(to + i * P, r[i]);
     }
 }
 
-// A strip (n <= 16 keys, 64 queries) of a mask or bias tensor, transposed and widened.
+// A strip (n <= 16 keys, queries [i, end)) of a mask or bias tensor, transposed and widened: tile (16, 64). i is that
+// of a vector's first query.
 template <class E, class C>
-void strip_of(const E* p, int64_t si, int64_t sj, int64_t nq, int64_t n, C* tile) {
+void strip_of(const E* p, int64_t si, int64_t sj, int64_t i, int64_t end, int64_t n, C* tile) {
   constexpr int L = kLanesOf<C>;
   if (si == 0) {
     for (int64_t j = 0; j < n; j++)
-      for (int i = 0; i < kRows; i += L) store(tile + j * kRows + i, splat(static_cast<C>(to_float(p[j * sj]))));
+      for (int64_t g = i; g < end; g += L) store(tile + j * kRows + g, splat(static_cast<C>(to_float(p[j * sj]))));
     return;
   }
   if constexpr (std::is_same_v<C, float> && !std::is_same_v<E, double>) {
     if (sj == 1) {
-      for (int64_t g = 0; g < nq; g += L)
+      for (int64_t g = i; g < end; g += L)
         for (int64_t j = 0; j < n; j += L) {
           vec r[L];
-          for (int i = 0; i < L; i++) {
-            const E* at = p + (g + i) * si + j;
-            r[i] = g + i >= nq ? vec{} : n - j < L ? load_part(at, n - j) : loadu(at);
+          for (int lane = 0; lane < L; lane++) {
+            const E* at = p + (g + lane) * si + j;
+            r[lane] = g + lane >= end ? vec{} : n - j < L ? load_part(at, n - j) : loadu(at);
           }
           transpose(r);
-          for (int i = 0; i < L; i++) store(tile + (j + i) * kRows + g, r[i]);
+          for (int lane = 0; lane < L; lane++) store(tile + (j + lane) * kRows + g, r[lane]);
         }
       return;
     }
   }
   for (int64_t j = 0; j < n; j++)
-    for (int64_t i = 0; i < nq; i++) tile[j * kRows + i] = static_cast<C>(to_float(p[i * si + j * sj]));
+    for (int64_t g = i; g < end; g++) tile[j * kRows + g] = static_cast<C>(to_float(p[g * si + j * sj]));
 }
 
 template <class T>
-void strip_of(const Block<T>& x, const Tensor& t, int64_t j0, int64_t n, compute<T>* tile) {
-  const int64_t si = t.stride[2], sj = t.stride[3];
+void strip_of(const Block<T>& x, const Tensor& t, int64_t j0, int64_t n, int v0, int v1, compute<T>* tile) {
+  constexpr int L = kLanesOf<compute<T>>;
+  const int64_t si = t.stride[2], sj = t.stride[3], i = v0 * L, end = min<int64_t>(v1 * L, x.nq);
   const int64_t at = x.seq.b * t.stride[0] + x.h * t.stride[1] + x.i0 * si + j0 * sj;
   switch (t.dtype) {
     case Dtype::kFloat32:
-      return strip_of(reinterpret_cast<const float*>(t.data) + at, si, sj, x.nq, n, tile);
+      return strip_of(reinterpret_cast<const float*>(t.data) + at, si, sj, i, end, n, tile);
     case Dtype::kBFloat16:
-      return strip_of(reinterpret_cast<const bf16*>(t.data) + at, si, sj, x.nq, n, tile);
+      return strip_of(reinterpret_cast<const bf16*>(t.data) + at, si, sj, i, end, n, tile);
     case Dtype::kFloat16:
-      return strip_of(reinterpret_cast<const f16*>(t.data) + at, si, sj, x.nq, n, tile);
+      return strip_of(reinterpret_cast<const f16*>(t.data) + at, si, sj, i, end, n, tile);
     case Dtype::kBool:
-      return strip_of(reinterpret_cast<const uint8_t*>(t.data) + at, si, sj, x.nq, n, tile);
+      return strip_of(reinterpret_cast<const uint8_t*>(t.data) + at, si, sj, i, end, n, tile);
     default:
-      return strip_of(reinterpret_cast<const double*>(t.data) + at, si, sj, x.nq, n, tile);
+      return strip_of(reinterpret_cast<const double*>(t.data) + at, si, sj, i, end, n, tile);
   }
 }
 
 // Calls f(score, key, vector) for a strip of n scores of the vectors [v0, v1), and stores what it gives.
-template <class C, class F>
-LLMFAST_INLINE void each_score(C* s, int64_t n, int v0, int v1, F&& f) {
-  constexpr int L = kLanesOf<C>;
+template <class T, class F>
+LLMFAST_INLINE void each_score(compute<T>* s, int64_t n, int v0, int v1, F&& f) {
+  using C = compute<T>;
   for (int64_t j = 0; j < n; j++)
-    for (int g = v0; g < v1; g++) store(s + j * kRows + g * L, f(load(s + j * kRows + g * L), j, g));
+    for (int g = v0; g < v1; g++) {
+      C* at = column<C>(s, kKeys<T>, g) + j * kPanel<C>;
+      store(at, f(load(at), j, g));
+    }
 }
 
 // Scale, softcap, bias and ALiBi over a strip.
@@ -247,8 +258,8 @@ void adjust(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int6
                                                               : x.h * slopes.stride[0])
                          : C(0);
   const bool bias = bool(e.bias), alibi = bool(slopes);
-  if (bias) strip_of(x, e.bias, j0, n, tile);
-  each_score(s, n, v0, v1, [&](auto y, int64_t j, int g) {
+  if (bias) strip_of(x, e.bias, j0, n, v0, v1, tile);
+  each_score<T>(s, n, v0, v1, [&](auto y, int64_t j, int g) {
     y = y * scale;
     if (cap != 0) y = tanh(y * (1 / cap)) * cap;
     if (bias) y += load(tile + j * kRows + g * L);
@@ -261,8 +272,8 @@ void adjust(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int6
 template <class T>
 void hide(const Block<T>& x, compute<T>* s, compute<T>* tile, int64_t j0, int64_t n, int v0, int v1) {
   using C = compute<T>;
-  strip_of(x, x.a.extras.mask, j0, n, tile);
-  each_score(s, n, v0, v1, [&](auto y, int64_t j, int g) {
+  strip_of(x, x.a.extras.mask, j0, n, v0, v1, tile);
+  each_score<T>(s, n, v0, v1, [&](auto y, int64_t j, int g) {
     return load(tile + j * kRows + g * kLanesOf<C>) == 0 ? splat(-kInfOf<C>) : y;
   });
 }
@@ -278,7 +289,7 @@ LLMFAST_INLINE void band(const Block<T>& x, compute<T>* s, int64_t j0, int64_t n
     for (int64_t j = 0; j < n; j++) {
       const C low = static_cast<C>(clamp(j0 + j - x.a.spec.right - i, -1, L));
       const C high = static_cast<C>(clamp(j0 + j + x.a.spec.left - i, -1, L));
-      C* at = s + j * kRows + g * L;
+      C* at = column<C>(s, kKeys<T>, g) + j * kPanel<C>;
       store(at, (iota<C>() < low) | (iota<C>() > high) ? splat(-kInfOf<C>) : load(at));
     }
   }
@@ -297,7 +308,7 @@ LLMFAST_INLINE void drop(const Block<T>& x, compute<T>* p, int64_t j0, int64_t n
                  wvec{} + static_cast<uint32_t>(x.seq.b)};
     philox(c, key);
     for (int word = 0; word < min<int64_t>(4, n - j); word++) {
-      C* at = p + (j + word) * kRows + g * L;
+      C* at = p + (j + word) * kPanel<C>;
       if constexpr (std::is_same_v<C, float>) {
         store(at, threshold >> 32 ? vec{} : c[word] >= static_cast<uint32_t>(threshold) ? load(at) : vec{});
       } else {
@@ -354,66 +365,63 @@ LLMFAST_INLINE Staged stage(const Rows<T>& k, const Rows<T>& v, int64_t D, int64
 // fused step less.
 template <class T>
 constexpr bool kBase2 = sizeof(T) == 2;
-template <class T>
-LLMFAST_INLINE vec_of<compute<T>> weight(vec_of<compute<T>> s, vec_of<compute<T>> m, compute<T> c) {
-  if constexpr (kBase2<T>) {
-    return exp2(s * c - m);
-  } else {
-    return exp2(s - m, c);
-  }
+template <class T, int K>
+LLMFAST_INLINE void weights(vec_of<compute<T>> (&s)[K], vec_of<compute<T>> m, compute<T> c) {
+  LLMFAST_UNROLL
+  for (int i = 0; i < K; i++) s[i] = kBase2<T> ? s[i] * c - m : s[i] - m;
+  exp2(s, kBase2<T> ? compute<T>(1) : c);
 }
 
 // One vector of queries over the strips of S it sees: m, l, alpha, and P in place of S.
 template <class T>
-LLMFAST_INLINE void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n, int g, const int* v0,
-                            const int* v1, compute<T> c) {
+__attribute__((noinline)) void softmax(const Block<T>& x, Workspace<T>& w, int64_t j0, int64_t n, int g, const int* v0,
+                                       const int* v1, compute<T> c) {
   using C = compute<T>;
-  constexpr int L = kLanesOf<C>;
+  constexpr int L = kLanesOf<C>, P = kPanel<C>;
   using V = vec_of<C>;
-  C* s = w.s + g * L;
+  C* s = column<C>(w.s, kKeys<T>, g);
   const bool drops = x.a.spec.dropout_p != 0;
-  auto strips = [&](auto&& f) {
-    for (int t = 0; t * kStrip < n; t++)
-      if (v0[t] <= g && g < v1[t]) f(t * kStrip, min<int64_t>((t + 1) * kStrip, n));
-  };
-  V most = V{} - kInfOf<C>;
-  strips([&](int64_t j, int64_t end) {
-    V other = most;
-    for (; j + 2 <= end; j += 2) most = max(most, load(s + j * kRows)), other = max(other, load(s + (j + 1) * kRows));
-    if (j < end) most = max(most, load(s + j * kRows));
-    most = max(most, other);
-  });
+  int t0 = 0, t1 = static_cast<int>((n + kStrip - 1) / kStrip);  // the strips that see g follow one another
+  while (t0 < t1 && (g < v0[t0] || v1[t0] <= g)) t0++;
+  while (t0 < t1 && (g < v0[t1 - 1] || v1[t1 - 1] <= g)) t1--;
+  const int64_t first = t0 * kStrip, end = min<int64_t>(t1 * kStrip, n);
+  V most = V{} - kInfOf<C>, other = most;
+  int64_t j = first;
+  for (; j + 2 <= end; j += 2) most = max(most, load(s + j * P)), other = max(other, load(s + (j + 1) * P));
+  if (j < end) most = max(most, load(s + j * P));
+  most = max(most, other);
   const C unit = kBase2<T> ? c : C(1);
   V m_old = load(x.m + g * L), m_new = max(m_old, most * unit);
   V m = m_new == -kInfOf<C> ? V{} : m_new;  // no key yet: 0
   V alpha = exp2(m_old - m, kBase2<T> ? C(1) : c), sum = V{}, odd = V{};
   auto pack = [&](int64_t j, auto even, auto odd) __attribute__((always_inline)) {
-    store(reinterpret_cast<int32_t*>(s) + j / 2 * kRows, pairs(even, odd));
+    store(reinterpret_cast<int32_t*>(s) + j / 2 * P, pairs(even, odd));
   };
-  strips([&](int64_t j, int64_t end) {
-    const int64_t first = j;
-    for (; j + 2 <= end; j += 2) {
-      V a = weight<T>(load(s + j * kRows), m, c), b = weight<T>(load(s + (j + 1) * kRows), m, c);
-      sum += a, odd += b;
-      if constexpr (kPairs<T>)
-        if (!drops) {
-          pack(j, a, b);
-          continue;
-        }
-      store(s + j * kRows, a), store(s + (j + 1) * kRows, b);
+  auto weigh = [&](auto K) __attribute__((always_inline)) {
+    V p[K.value];
+    LLMFAST_UNROLL
+    for (int i = 0; i < K.value; i++) p[i] = load(s + (j + i) * P);
+    weights<T>(p, m, c);
+    LLMFAST_UNROLL
+    for (int i = 0; i < K.value; i++) (i % 2 ? odd : sum) += p[i];
+    if constexpr (kPairs<T>) {
+      if (!drops) {
+        LLMFAST_UNROLL
+        for (int i = 0; i < K.value; i += 2) pack(j + i, p[i], i + 1 < K.value ? p[i + 1] : V{});
+        return;
+      }
     }
-    if (j < end) {
-      V a = weight<T>(load(s + j * kRows), m, c);
-      sum += a;
-      if constexpr (kPairs<T>)
-        if (!drops) return pack(j, a, V{});
-      store(s + j * kRows, a);
-    }
-    if (drops) drop(x, w.s + first * kRows, j0 + first, end - first, g);
-    if constexpr (kPairs<T>)
-      if (drops)
-        for (j = first; j < end; j += 2) pack(j, load(s + j * kRows), j + 1 < end ? load(s + (j + 1) * kRows) : V{});
-  });
+    LLMFAST_UNROLL
+    for (int i = 0; i < K.value; i++) store(s + (j + i) * P, p[i]);
+  };
+  j = first;
+  for (; j + kInStep <= end; j += kInStep) weigh(std::integral_constant<int, kInStep>{});
+  for (; j + 2 <= end; j += 2) weigh(std::integral_constant<int, 2>{});
+  if (j < end) weigh(std::integral_constant<int, 1>{});
+  if (drops) drop(x, s + first * P, j0 + first, end - first, g);
+  if constexpr (kPairs<T>)
+    if (drops)
+      for (j = first; j < end; j += 2) pack(j, load(s + j * P), j + 1 < end ? load(s + (j + 1) * P) : V{});
   store(x.m + g * L, m_new);
   store(x.alpha + g * L, alpha);
   store(x.l + g * L, load(x.l + g * L) * alpha + (sum + odd));
@@ -448,7 +456,7 @@ void finish(const Block<T>& x, compute<T> to_natural) {
   for (int64_t g = 0; g < x.nq; g += L)
     for (int64_t d = 0; d < x.Dv; d += L) {
       vec_of<C> r[L];
-      for (int i = 0; i < L; i++) r[i] = load(x.o + (d + i) * kRows + g) * load(x.alpha + g);
+      for (int i = 0; i < L; i++) r[i] = load(column<C>(x.o, x.Wv, g / L) + (d + i) * kPanel<C>) * load(x.alpha + g);
       transpose(r);
       for (int i = 0; i < min<int64_t>(L, x.nq - g); i++) {
         T* to = o + (g + i) * x.a.o.stride[2] + d;
@@ -461,7 +469,8 @@ void finish(const Block<T>& x, compute<T> to_natural) {
     }
 }
 
-// Keys [j0, j0 + n) of one block, n <= 128, a part of those staged.
+// Keys [j0, j0 + n) of one block, n <= 128, a part of those staged: a panel of queries after the other, so that its S
+// stays in L1.
 template <class T>
 void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, int64_t n, compute<T> c) {
   using C = compute<T>;
@@ -469,49 +478,55 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
   constexpr int L = kLanesOf<C>;
   const AttentionSpec& spec = x.a.spec;
   const int used = static_cast<int>((x.nq + L - 1) / L), strips = static_cast<int>((n + kStrip - 1) / kStrip);
-  int v0[kMostKeys / kStrip], v1[kMostKeys / kStrip];  // the vectors that see one of a strip's keys
-  for (int t = 0; t < strips; t++) {
-    const int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;
-    const int64_t low = a0 - x.offset - spec.right - x.i0, high = a1 - x.offset + spec.left - x.i0;
-    v0[t] = static_cast<int>(clamp(low, 0, used * L) / L);
-    v1[t] = static_cast<int>(high < 0 ? 0 : clamp(high / L + 1, v0[t], used));
-    if (v1[t] < v0[t]) v1[t] = v0[t];
-  }
-  // Calls f(first key, keys, v0, v1) for runs of strips that the same vectors see.
-  auto runs = [&](auto&& f) {
-    for (int t = 0; t < strips;) {
-      int u = t + 1;
-      while (u < strips && v0[u] == v0[t] && v1[u] == v1[t]) u++;
-      f(t * kStrip, min<int64_t>(u * kStrip, n) - t * kStrip, v0[t], v1[t]);
-      t = u;
+  for (int panel = 0; panel < used; panel += kTileV) {
+    const int last = min(panel + kTileV, used);
+    int v0[kMostKeys / kStrip], v1[kMostKeys / kStrip];  // the panel's vectors that see one of a strip's keys
+    for (int t = 0; t < strips; t++) {
+      const int64_t a0 = j0 + t * kStrip, a1 = min<int64_t>(a0 + kStrip, j0 + n) - 1;
+      const int64_t low = a0 - x.offset - spec.right - x.i0, high = a1 - x.offset + spec.left - x.i0;
+      v0[t] = static_cast<int>(clamp(low, panel * L, last * L) / L);
+      v1[t] = static_cast<int>(high < 0 ? 0 : clamp(high / L + 1, v0[t], last));
+      if (v1[t] < v0[t]) v1[t] = v0[t];
     }
-  };
-  runs([&](int64_t j, int64_t m, int a0, int a1) {
-    vectors(a0, a1, [&](int g, auto V) {
-      tiles<V.value>(m, [&](int64_t r, auto R) {
-        scores<R.value, V.value, C, U>(x.qt + g * L, kv.k + (j + r) * kv.sk, kv.sk, (x.D + kPer<T> - 1) / kPer<T>,
-                                       chunk<C>(x.seq.Nq), w.s + (j + r) * kRows + g * L);
+    // Calls f(first key, keys, v0, v1) for runs of strips that the same vectors see.
+    auto runs = [&](auto&& f) __attribute__((always_inline)) {
+      for (int t = 0; t < strips;) {
+        int u = t + 1;
+        while (u < strips && v0[u] == v0[t] && v1[u] == v1[t]) u++;
+        f(t * kStrip, min<int64_t>(u * kStrip, n) - t * kStrip, v0[t], v1[t]);
+        t = u;
+      }
+    };
+    runs([&](int64_t j, int64_t m, int a0, int a1) {
+      vectors(a0, a1, [&](int g, auto V) {
+        tiles<V.value>(m, [&](int64_t r, auto R) {
+          scores<R.value, V.value, C, U>(column<C>(x.qt, x.W, g), kv.k + (j + r) * kv.sk, kv.sk,
+                                         (x.D + kPer<T> - 1) / kPer<T>, chunk<C>(x.seq.Nq),
+                                         column<C>(w.s, kKeys<T>, g) + (j + r) * kPanel<C>);
+        });
       });
     });
-  });
-  for (int t = 0; t < strips; t++) {
-    C* s = w.s + t * kStrip * kRows;
-    const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
-    if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
-    if (x.a.extras.mask) hide(x, s, w.tile, j, m, v0[t], v1[t]);
-    band(x, s, j, m, v0[t], v1[t]);
+    for (int t = 0; t < strips; t++) {
+      C* s = w.s + t * kStrip * kPanel<C>;
+      const int64_t j = j0 + t * kStrip, m = min<int64_t>(kStrip, n - t * kStrip);
+      if (v0[t] == v1[t]) continue;
+      if (x.adjusts) adjust(x, s, w.tile, j, m, v0[t], v1[t]);
+      if (x.a.extras.mask) hide(x, s, w.tile, j, m, v0[t], v1[t]);
+      band(x, s, j, m, v0[t], v1[t]);
+    }
+    for (int g = panel; g < last; g++) softmax(x, w, j0, n, g, v0, v1, c);
+    runs([&](int64_t j, int64_t m, int a0, int a1) {
+      vectors(a0, a1, [&](int g, auto V) {
+        tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
+          const U* p = column<C>(reinterpret_cast<const U*>(w.s), kKeys<T>, g) + j / kPer<T> * kPanel<C>;
+          accumulate<R.value, V.value, C, U>(p, kv.v + j / kPer<T> * kv.sv + r * sizeof(U), kv.sv,
+                                             (m + kPer<T> - 1) / kPer<T>, column<C>(x.o, x.Wv, g) + r * kPanel<C>,
+                                             x.alpha + g * L);
+        });
+      });
+      for (int i = a0 * L; i < a1 * L; i++) x.alpha[i] = 1;  // rescaled once
+    });
   }
-  for (int g = 0; g < used; g++) softmax(x, w, j0, n, g, v0, v1, c);
-  runs([&](int64_t j, int64_t m, int a0, int a1) {
-    vectors(a0, a1, [&](int g, auto V) {
-      tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
-        accumulate<R.value, V.value, C, U>(reinterpret_cast<const U*>(w.s) + j / kPer<T> * kRows + g * L,
-                                           kv.v + j / kPer<T> * kv.sv + r * sizeof(U), kv.sv,
-                                           (m + kPer<T> - 1) / kPer<T>, x.o + r * kRows + g * L, x.alpha + g * L);
-      });
-    });
-    for (int i = a0 * L; i < a1 * L; i++) x.alpha[i] = 1;  // rescaled once
-  });
 }
 
 // count query blocks of one sequence and kv head: from `first` in the order last block first, its heads side by side.
@@ -519,7 +534,8 @@ template <class T>
 void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t group, int64_t first, int64_t count,
             bool adjusts, Workspace<T>& w) {
   using C = compute<T>;
-  const int64_t D = a.q.size[3], Dv = a.v.size[3], last = (seq.Nq - 1) / kRows, W = (D + 31) / 32 * 32;
+  const int64_t D = a.q.size[3], Dv = a.v.size[3], last = (seq.Nq - 1) / kRows;
+  const int64_t W = (D + 31) / 32 * 32, Wv = (Dv + 31) / 32 * 32;
   const Rows<T> k = rows<T>(a.k, a.extras, seq, hk), v = rows<T>(a.v, a.extras, seq, hk);
   const C scale = adjusts ? C(1) : static_cast<C>(__builtin_fabs(a.spec.scale));
   const C c = static_cast<C>(scale * 1.4426950408889634);  // turns S into base-2 units
@@ -527,7 +543,7 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
   auto block = [&](int64_t t) {
     const int64_t i0 = (last - (first + t) / group) * kRows;
     C* const part = w.parts + t * w.part_size;
-    C* const m = part + (W + (Dv + 31) / 32 * 32) * kRows;
+    C* const m = part + (W + Wv) * kRows;
     return Block<T>{a,
                     seq,
                     hk * group + (first + t) % group,
@@ -537,6 +553,8 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
                     Dv,
                     seq.Nk - seq.Nq,
                     adjusts,
+                    W,
+                    Wv,
                     reinterpret_cast<unit<T>*>(part),
                     part + W * kRows,
                     m,
@@ -546,7 +564,7 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
   for (int64_t t = 0; t < count; t++) {
     const Block<T> x = block(t);
     transpose_q(x);
-    memset(x.o, 0, Dv * kRows * sizeof(C));
+    memset(x.o, 0, Wv * kRows * sizeof(C));
     for (int i = 0; i < kRows; i++) x.m[i] = -kInfOf<C>, x.l[i] = 0;
     if (x.first() < x.end()) from = min(from, x.first()), to = max(to, x.end());
   }

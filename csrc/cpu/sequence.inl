@@ -105,6 +105,32 @@ LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
   return dot(acc, splat(x), y);
 }
 
+// acc[v] += x y[v], x the unit at p: a row of a tile. On AVX2 12 accumulators, 2 vectors and a broadcast are 15 of 16
+// registers, and g++ 12 left to itself spills an accumulator inside the loop.
+template <class C, class U, int V, class Y>
+LLMFAST_INLINE void multiply_add_row(vec_of<C> (&acc)[V], const char* p, const Y (&y)[V]) {
+#if LLMFAST_LANES == 8
+  if constexpr (V == 2 && std::is_same_v<U, C>) {
+    vec_of<C> x, first = acc[0], second = acc[1];
+    const vec_of<C> y0 = y[0], y1 = y[1];
+    if constexpr (std::is_same_v<C, float>) {
+      asm("vbroadcastss %3, %2\n\tvfmadd231ps %4, %2, %0\n\tvfmadd231ps %5, %2, %1"
+          : "+x"(first), "+x"(second), "=&x"(x)
+          : "m"(*reinterpret_cast<const C*>(p)), "x"(y0), "x"(y1));
+    } else {
+      asm("vbroadcastsd %3, %2\n\tvfmadd231pd %4, %2, %0\n\tvfmadd231pd %5, %2, %1"
+          : "+x"(first), "+x"(second), "=&x"(x)
+          : "m"(*reinterpret_cast<const C*>(p)), "x"(y0), "x"(y1));
+    }
+    acc[0] = first, acc[1] = second;
+    return;
+  }
+#endif
+  const U x = read<U>(p, 0);
+  LLMFAST_UNROLL
+  for (int v = 0; v < V; v++) acc[v] = multiply_add<C>(acc[v], x, y[v]);
+}
+
 // A vector of T as the products take it: pairs, or widened; the last one of a row holds n elements.
 template <class T, bool kPart>
 LLMFAST_INLINE auto units(const T* p, int64_t n) {
