@@ -20,7 +20,7 @@ constexpr int kRows = 64, kMostKeys = 128, kStrip = 16;
 template <class T>  // rows of 512 bytes share sets of L1: 128 of float32 in place are slower
 constexpr int kKeys = kPairs<T> ? kMostKeys : 96;
 template <class T>  // bf16, D = 128: interleaving v for each query block costs 6 % of the time, for four together 1.5 %
-constexpr int kTogether = std::is_same_v<T, compute<T>> ? 1 : 4;
+constexpr int kTogether = std::is_same_v<T, compute<T>> && kRegisters == 32 ? 1 : 4;  // AVX2: k, v leave L3 once for 4
 constexpr int64_t kTogetherBytes = 256 << 10;  // of Q^T and O^T, a quarter of L2 (1 MiB on Zen 4)
 constexpr int kTileV = kRegisters / 8;         // AVX-512 and NEON: 6 x 4 of 32 registers; AVX2 and SSE: 6 x 2 of 16
 constexpr int kTileR = 6;
