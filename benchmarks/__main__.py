@@ -152,18 +152,17 @@ def header(family, device):
 def measured(module, family, shape, chosen, peaks, console):
     """The rows of one shape: every provider, a failing one with its reason."""
     tensors = module.inputs(shape, chosen.device)
-    calls, failed = {}, {}
+    want = module.truth(shape, tensors)
+    calls, errors, failed = {}, {}, {}
     for name, provider in module.providers(chosen.device).items():
         if module.skip(name, shape):
             continue
         try:
             calls[name] = module.call(provider, shape, tensors)
-            calls[name]()
+            errors[name] = measure.error(calls[name](), want)
         except (RuntimeError, NotImplementedError, torch.OutOfMemoryError) as problem:  # a row that says why
             calls.pop(name, None)
             failed[name] = f"{type(problem).__name__}: {str(problem).splitlines()[0][:90]}"
-    want = module.truth(shape, tensors)
-    errors = {name: measure.error(call(), want) for name, call in calls.items()}
     timings = measure.interleave(list(calls.values()), chosen.device, chosen.budget, chosen.threads)
     amount, unit = module.work(shape)
     peak = peaks["bytes"] if unit == "B/s" else peaks[shape.dtype] if unit == "FLOP/s" else None

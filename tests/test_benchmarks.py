@@ -1,9 +1,11 @@
 """The benchmark's own machinery: a run from end to end on tiny shapes, compare, plot, and the rows that fail."""
 
+import itertools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +82,14 @@ def test_interleave_counts_every_contender():
     timings = measure.interleave([lambda: count(0), lambda: count(1)], budget=0.01, threads=1)
     assert len(timings) == 2
     assert calls[0] == calls[1] >= 6
+
+
+def test_a_slow_round_counts_and_two_follow(monkeypatch):
+    clock = itertools.count(0.0, 100.0)
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(clock), thread_time=lambda: 0.0))
+    calls = []
+    (timing,) = measure.interleave([lambda: calls.append(0)], budget=0.2)
+    assert (len(calls), timing.wall) == (3, 100.0)
 
 
 def test_models_do_the_same_work(monkeypatch):
