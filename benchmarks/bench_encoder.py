@@ -120,4 +120,5 @@ def work(shape):
 
 
 def skip(name, shape):
-    return False
+    """Eager attention on long sentences in bfloat16 would take the time of the other rows together."""
+    return name == "eager" and shape.dtype == "bfloat16" and shape.words > 100

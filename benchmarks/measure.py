@@ -35,7 +35,7 @@ def interleave(
         cpu, wall = _rounds(contenders, budget)
         loaded = sum(map(sum, wall)) > 1.15 * sum(map(sum, cpu))  # preempted: somebody else wanted the core
         torch.set_num_threads(threads)
-        _, all_threads = _rounds(contenders, budget / 2) if threads > 1 else (cpu, wall)
+        _, all_threads = _rounds(contenders, budget / 2, least=3) if threads > 1 else (cpu, wall)
     finally:
         torch.set_num_threads(before)
     return [_timing(c, statistics.median(w), loaded) for c, w in zip(cpu, all_threads, strict=True)]
