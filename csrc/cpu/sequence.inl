@@ -106,10 +106,10 @@ LLMFAST_INLINE vec multiply_add(vec acc, int32_t x, ivec y) {
 }
 
 // acc[v] += x y[v], x the unit at p: a row of a tile. On AVX2 12 accumulators, 2 vectors and a broadcast are 15 of 16
-// registers, and g++ 12 left to itself spills an accumulator inside the loop.
+// registers, and g++ 12 left to itself spills an accumulator inside the loop. (Sanitizers see no read by an asm.)
 template <class C, class U, int V, class Y>
 LLMFAST_INLINE void multiply_add_row(vec_of<C> (&acc)[V], const char* p, const Y (&y)[V]) {
-#if LLMFAST_LANES == 8
+#if LLMFAST_LANES == 8 && defined(__OPTIMIZE__)
   if constexpr (V == 2 && std::is_same_v<U, C>) {
     vec_of<C> x, first = acc[0], second = acc[1];
     const vec_of<C> y0 = y[0], y1 = y[1];
