@@ -46,7 +46,7 @@ def _rounds(contenders, budget, least=5, most=200):
     budget: then it counts, and two follow."""
     cpu, wall = [[] for _ in contenders], [[] for _ in contenders]
 
-    def round_():
+    def once():
         for f, c, w in zip(contenders, cpu, wall, strict=True):
             c0, w0 = time.thread_time(), time.perf_counter()
             f()
@@ -54,7 +54,7 @@ def _rounds(contenders, budget, least=5, most=200):
             w.append(time.perf_counter() - w0)
 
     start = time.perf_counter()
-    round_()
+    once()
     if time.perf_counter() - start > 10 * budget * len(contenders):
         least = 3
     else:
@@ -62,7 +62,7 @@ def _rounds(contenders, budget, least=5, most=200):
             times.clear()
     start = time.perf_counter()
     while (time.perf_counter() - start < budget * len(contenders) or len(cpu[0]) < least) and len(cpu[0]) < most:
-        round_()
+        once()
     return cpu, wall
 
 
