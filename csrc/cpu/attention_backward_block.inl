@@ -38,8 +38,6 @@ struct Staged {
   int64_t units_stride;
 };
 
-constexpr int64_t wide(int64_t D) { return (D + 31) / 32 * 32; }
-
 // Keys [j0, j0 + nk) as the products read them, and their gradients.
 template <class T>
 struct KeyBlock {

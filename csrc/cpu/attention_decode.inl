@@ -394,7 +394,7 @@ void run(const AttentionForward& a) {
   using C = compute<T>;
   constexpr int L = kLanesOf<C>;
   const int64_t B = a.q.size[0], H = a.q.size[1], Nq = a.q.size[2], D = a.q.size[3], Dv = a.v.size[3], Hk = a.k.size[1];
-  const int64_t group = Hk ? H / Hk : 1, rows = group * Nq, wideD = (D + 31) / 32 * 32, wideDv = (Dv + 31) / 32 * 32;
+  const int64_t group = Hk ? H / Hk : 1, rows = group * Nq, wideD = wide(D), wideDv = wide(Dv);
   if (B * H * Nq == 0) return;
   const double scale = __builtin_fabs(a.spec.scale);
   const bool adjusts = a.extras.bias || a.extras.mask || a.extras.alibi_slopes || a.spec.softcap != 0 ||

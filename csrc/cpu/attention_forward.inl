@@ -50,9 +50,8 @@ struct Block {
   Sequence seq;
   int64_t h, i0, nq, D, Dv, offset;  // queries [i0, i0 + nq); key j lies offset = Nk - Nq right of query j
   bool adjusts;                      // S holds finished scores; otherwise q k^T still to be scaled
-  int64_t W, Wv;                     // D and Dv, to whole vectors
-  unit<T>* qt;                       // (64 / kPanel, W, kPanel), in units
-  C *o, *m, *l, *alpha;              // (64 / kPanel, Wv, kPanel), (64,), (64,), (64,)
+  unit<T>* qt;                       // (64 / kPanel, wide(D), kPanel), in units
+  C *o, *m, *l, *alpha;              // (64 / kPanel, wide(Dv), kPanel), (64,), (64,), (64,)
 
   int64_t first() const { return max<int64_t>(0, i0 + offset - a.spec.left) / kStrip * kStrip; }
   int64_t end() const { return min(seq.Nk, i0 + nq + offset + a.spec.right); }  // keys [first, end) are seen
@@ -181,7 +180,7 @@ void transpose_q(const Block<T>& x) {
         }
       }
       transpose(r);
-      U* const to = column<compute<T>>(x.qt, x.W, g / L) + d / kStep * L * P;
+      U* const to = column<compute<T>>(x.qt, wide(x.D), g / L) + d / kStep * L * P;
       for (int i = 0; i < L; i++) store(to + i * P, r[i]);
     }
 }
@@ -456,7 +455,8 @@ void finish(const Block<T>& x, compute<T> to_natural) {
   for (int64_t g = 0; g < x.nq; g += L)
     for (int64_t d = 0; d < x.Dv; d += L) {
       vec_of<C> r[L];
-      for (int i = 0; i < L; i++) r[i] = load(column<C>(x.o, x.Wv, g / L) + (d + i) * kPanel<C>) * load(x.alpha + g);
+      for (int i = 0; i < L; i++)
+        r[i] = load(column<C>(x.o, wide(x.Dv), g / L) + (d + i) * kPanel<C>) * load(x.alpha + g);
       transpose(r);
       for (int i = 0; i < min<int64_t>(L, x.nq - g); i++) {
         T* to = o + (g + i) * x.a.o.stride[2] + d;
@@ -500,7 +500,7 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
     runs([&](int64_t j, int64_t m, int a0, int a1) {
       vectors(a0, a1, [&](int g, auto V) {
         tiles<V.value>(m, [&](int64_t r, auto R) {
-          scores<R.value, V.value, C, U>(column<C>(x.qt, x.W, g), kv.k + (j + r) * kv.sk, kv.sk,
+          scores<R.value, V.value, C, U>(column<C>(x.qt, wide(x.D), g), kv.k + (j + r) * kv.sk, kv.sk,
                                          (x.D + kPer<T> - 1) / kPer<T>, chunk<C>(x.seq.Nq),
                                          column<C>(w.s, kKeys<T>, g) + (j + r) * kPanel<C>);
         });
@@ -520,7 +520,7 @@ void attend(const Block<T>& x, Workspace<T>& w, const Staged& kv, int64_t j0, in
         tiles<V.value>(x.Dv, [&](int64_t r, auto R) {
           const U* p = column<C>(reinterpret_cast<const U*>(w.s), kKeys<T>, g) + j / kPer<T> * kPanel<C>;
           accumulate<R.value, V.value, C, U>(p, kv.v + j / kPer<T> * kv.sv + r * sizeof(U), kv.sv,
-                                             (m + kPer<T> - 1) / kPer<T>, column<C>(x.o, x.Wv, g) + r * kPanel<C>,
+                                             (m + kPer<T> - 1) / kPer<T>, column<C>(x.o, wide(x.Dv), g) + r * kPanel<C>,
                                              x.alpha + g * L);
         });
       });
@@ -535,7 +535,7 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
             bool adjusts, Workspace<T>& w) {
   using C = compute<T>;
   const int64_t D = a.q.size[3], Dv = a.v.size[3], last = (seq.Nq - 1) / kRows;
-  const int64_t W = (D + 31) / 32 * 32, Wv = (Dv + 31) / 32 * 32;
+  const int64_t W = wide(D), Wv = wide(Dv);
   const Rows<T> k = rows<T>(a.k, a.extras, seq, hk), v = rows<T>(a.v, a.extras, seq, hk);
   const C scale = adjusts ? C(1) : static_cast<C>(__builtin_fabs(a.spec.scale));
   const C c = static_cast<C>(scale * 1.4426950408889634);  // turns S into base-2 units
@@ -553,8 +553,6 @@ void blocks(const AttentionForward& a, const Sequence& seq, int64_t hk, int64_t 
                     Dv,
                     seq.Nk - seq.Nq,
                     adjusts,
-                    W,
-                    Wv,
                     reinterpret_cast<unit<T>*>(part),
                     part + W * kRows,
                     m,
@@ -585,7 +583,7 @@ template <class T>
 void run(const AttentionForward& a) {
   using C = compute<T>;
   const int64_t H = a.q.size[1], Hk = a.k.size[1], D = a.q.size[3], Dv = a.v.size[3], group = Hk ? H / Hk : 1;
-  const int64_t B = sequences(a.q, a.extras), W = (D + 31) / 32 * 32, Wv = (Dv + 31) / 32 * 32;
+  const int64_t B = sequences(a.q, a.extras), W = wide(D), Wv = wide(Dv);
   const double scale = __builtin_fabs(a.spec.scale);
   const bool adjusts =
       a.extras.bias || a.extras.alibi_slopes || a.spec.softcap != 0 || scale < 1e-20 || std::is_same_v<C, double>;

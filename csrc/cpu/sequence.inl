@@ -7,6 +7,9 @@ LLMFAST_INLINE int64_t length(const Tensor& t, int64_t i) {
   return reinterpret_cast<const int32_t*>(t.data)[i * t.stride[0]];
 }
 
+// A head dim to whole vectors of any instruction set, pairs included.
+constexpr int64_t wide(int64_t D) { return (D + 31) / 32 * 32; }
+
 // Rows [q0, q0 + Nq) and keys [k0, k0 + Nk) of row `batch`; b counts sequences. Lengths are clamped to what is there.
 struct Sequence {
   int64_t b, batch, q0, Nq, k0, Nk;
