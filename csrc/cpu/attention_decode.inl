@@ -76,70 +76,100 @@ LLMFAST_INLINE auto repeated(const T* p, int64_t n) {
   return repeated<K, U>(whole);
 }
 
-// S[r][j + t] = q[r] . k[j + t] for R rows and J keys, kDots sums in flight. A dot product is L sums, of every L-th
-// unit each, that a tree adds up, whatever R is: lane r K + u of acc[a] has sum a K + u of row r, so that K keys' sums
-// meet in one vector (R, K). Fetches the keys' rows of v meanwhile, as accumulate does the next block's k.
-template <int R, class T>
+// Of N rows that share a read of k, how many have their products in one vector: half of them, so that a repeated
+// element of k serves two vectors of q. With 8 rows that is 1 load a product, which the CPU does in the product's time,
+// not 1.5.
+template <int N>
+constexpr int kAbreast = N >= 4 ? N / 2 : N;
+// The keys of one call.
+template <int N, class C>
+constexpr int kKeys = kDots / N > kLanesOf<C> / kAbreast<N> ? kDots / N : kLanesOf<C> / kAbreast<N>;
+
+// S[n][j + t] = q[n] . k[j + t] for N = G R rows, kDots sums in flight. A dot product is L sums, of every L-th unit
+// each, that a tree adds up, whatever R is: lane r K + u of acc[g][a] has sum a K + u of row g R + r, so that K keys'
+// sums meet in one vector (R, K); where fewer keys' sums are in flight a second pass has the others. Fetches the keys'
+// rows of v meanwhile, as accumulate does the next block's k.
+template <int N, class T>
 LLMFAST_INLINE void scores(const Task<T>& x, Workspace<T>& w, const unit<T>* q, int64_t j, int64_t n) {
   using C = compute<T>;
   using S = stored<T>;
-  constexpr int L = kLanesOf<C>, K = L / R, J = kDots / R, kStep = K * kPer<T>, kLine = 64 / sizeof(T);
-  constexpr bool kAsRead = R == 1;
-  vec_of<C> acc[R][J] = {};
-  const S* k[J];
+  constexpr int L = kLanesOf<C>, R = kAbreast<N>, G = N / R, K = L / R, J = kDots / N, kStep = K * kPer<T>,
+                kLine = 64 / sizeof(T);
+  constexpr bool kAsRead = N == 1;
+  const int64_t rows = R * x.wideD / kPer<T>;  // units of q in one vector's rows
+  vec_of<C> whole[G][kKeys<N, C>];
   Ahead<T> v(w.v, x.Dv, j);
-  auto fetch = [&](int64_t d) __attribute__((always_inline)) {
+  LLMFAST_UNROLL
+  for (int first = 0; first < kKeys<N, C>; first += J) {
+    vec_of<C> acc[G][R][J] = {};
+    const S* k[J];
+    auto fetch = [&](int64_t d) __attribute__((always_inline)) {
+      LLMFAST_UNROLL
+      for (int t = 0; t < J; t++) {
+        if (K < L && std::is_same_v<S, T>) __builtin_prefetch(k[t] + d + kLine);
+        if constexpr (kAsRead) {
+          __builtin_prefetch(w.v[j + t] + d, 0, 2);
+        } else {
+          v.fetch();
+        }
+      }
+    };
     LLMFAST_UNROLL
     for (int t = 0; t < J; t++) {
-      if (K < L && std::is_same_v<S, T>) __builtin_prefetch(k[t] + d + kLine);
-      if constexpr (kAsRead) {
-        __builtin_prefetch(w.v[j + t] + d, 0, 2);
+      const int64_t at = min<int64_t>(j + first + t, n - 1);
+      if constexpr (std::is_same_v<S, T>) {
+        k[t] = w.k[at];
       } else {
-        v.fetch();
+        widen(w.k[at], x.D, w.wide + t * x.wideD), k[t] = w.wide + t * x.wideD;
       }
     }
-  };
-  LLMFAST_UNROLL
-  for (int t = 0; t < J; t++) {
-    const int64_t at = min<int64_t>(j + t, n - 1);
-    if constexpr (std::is_same_v<S, T>) {
-      k[t] = w.k[at];
-    } else {
-      widen(w.k[at], x.D, w.wide + t * x.wideD), k[t] = w.wide + t * x.wideD;
-    }
-  }
-  int64_t d = 0;
-  for (; d + R * kStep <= x.D; d += R * kStep) {
-    if (d % kLine == 0) fetch(d);
-    LLMFAST_UNROLL
-    for (int a = 0; a < R; a++) {
-      const auto z = load(q + (d / kStep + a) * L);
+    auto step = [&](int64_t d, int a, auto&& keys) __attribute__((always_inline)) {
+      decltype(load(q)) z[G];
       LLMFAST_UNROLL
-      for (int t = 0; t < J; t++) acc[a][t] = product(acc[a][t], z, repeated<K, unit<T>>(k[t] + d + a * kStep));
+      for (int g = 0; g < G; g++) z[g] = load(q + g * rows + d / kPer<T> * R);
+      LLMFAST_UNROLL
+      for (int t = 0; t < J; t++) {
+        const auto y = keys(k[t] + d);
+        LLMFAST_UNROLL
+        for (int g = 0; g < G; g++) acc[g][a][t] = product(acc[g][a][t], z[g], y);
+      }
+    };
+    auto every = [](const S* k) __attribute__((always_inline)) { return repeated<K, unit<T>>(k); };
+    int64_t d = 0;
+    for (; d + R * kStep <= x.D; d += R * kStep) {
+      if (d % kLine == 0) fetch(d);
+      LLMFAST_UNROLL
+      for (int a = 0; a < R; a++) step(d + a * kStep, a, every);
+    }
+    LLMFAST_UNROLL
+    for (int a = 0; a < R; a++) {  // the last ones, fewer than R steps
+      const int64_t at = d + a * kStep, left = x.D - at;
+      if (left >= kStep) {
+        step(at, a, every);
+      } else if (left > 0) {
+        step(at, a, [&](const S* k) __attribute__((always_inline)) { return repeated<K, unit<T>>(k, left); });
+      }
+    }
+    for (d = (d + kLine - 1) / kLine * kLine; d < x.Dv; d += kLine) fetch(d);
+    LLMFAST_UNROLL
+    for (int g = 0; g < G; g++) LLMFAST_UNROLL
+    for (int t = 0; t < J; t++) {
+      auto& y = acc[g];
+      if constexpr (R >= 8) LLMFAST_UNROLL
+      for (int a = 0; a < 4; a++) y[a][t] += y[a + 4][t];
+      if constexpr (R >= 4) y[0][t] += y[2][t], y[1][t] += y[3][t];
+      if constexpr (R >= 2) y[0][t] += y[1][t];
+      whole[g][first + t] = y[0][t];
     }
   }
-  if (d < x.D) LLMFAST_UNROLL
-  for (int a = 0; a < R; a++) {
-    const int64_t at = d + a * kStep, left = max<int64_t>(x.D - at, 0);
-    const auto z = load(q + at / kStep * L);
+  LLMFAST_UNROLL
+  for (int g = 0; g < G; g++) LLMFAST_UNROLL
+  for (int t = 0; t < kKeys<N, C>; t += K) {
+    alignas(64) C s[L];
+    store(s, sums<K>(whole[g] + t));
     LLMFAST_UNROLL
-    for (int t = 0; t < J; t++)
-      acc[a][t] = product(acc[a][t], z, repeated<K, unit<T>>(k[t] + at, min<int64_t>(left, kStep)));
+    for (int r = 0; r < R; r++) __builtin_memcpy(w.s + (g * R + r) * kBlock + j + t, s + r * K, K * sizeof(C));
   }
-  for (d = (d + kLine - 1) / kLine * kLine; d < x.Dv; d += kLine) fetch(d);
-  LLMFAST_UNROLL
-  for (int t = 0; t < J; t++) {
-    if constexpr (R >= 8) LLMFAST_UNROLL
-    for (int a = 0; a < 4; a++) acc[a][t] += acc[a + 4][t];
-    if constexpr (R >= 4) acc[0][t] += acc[2][t], acc[1][t] += acc[3][t];
-    if constexpr (R >= 2) acc[0][t] += acc[1][t];
-  }
-  alignas(64) C s[J * R];
-  LLMFAST_UNROLL
-  for (int g = 0; g < J / K; g++) store(s + g * L, sums<K>(acc[0] + g * K));
-  LLMFAST_UNROLL
-  for (int r = 0; r < R; r++) LLMFAST_UNROLL
-  for (int g = 0; g < J / K; g++) __builtin_memcpy(w.s + r * kBlock + j + g * K, s + g * L + r * K, K * sizeof(C));
 }
 
 // acc[r] = acc[r] * alpha[r] + sum over j of P[r][j] v[j], over Z vectors of head dims from d
@@ -296,7 +326,7 @@ LLMFAST_INLINE void softmax(const Task<T>& x, Workspace<T>& w, int r, int64_t ro
 template <int R, class T>
 void block(const Task<T>& x, Workspace<T>& w, Partial<compute<T>>& p, int64_t row, int64_t j0, int64_t n) {
   const unit<T>* const q = w.q + row * x.wideD / kPer<T>;
-  for (int64_t j = 0; j < n; j += kDots / R) scores<R>(x, w, q, j, n);
+  for (int64_t j = 0; j < n; j += kKeys<R, compute<T>>) scores<R>(x, w, q, j, n);
   for (int r = 0; r < R; r++) softmax(x, w, r, row + r, j0, n, p.m[row + r]);
   accumulate_row<R>(x, w, n, p.acc + row * x.wideDv);
 }
@@ -329,13 +359,13 @@ void split(const Task<T>& x, Workspace<T>& w, Partial<compute<T>> p, int64_t fir
       const int64_t h = x.kv_head * x.group + (row + r) / x.seq.Nq, i = (row + r) % x.seq.Nq;
       const Tensor& t = x.a.q;
       const T* q = reinterpret_cast<const T*>(t.data) + x.seq.batch * t.stride[0] + h * t.stride[1] + i * t.stride[2];
-      constexpr int K = L / R * kPer<T>;
-      stored<T>* const to = reinterpret_cast<stored<T>*>(w.q + row * x.wideD / kPer<T>) + r * K;
+      constexpr int A = kAbreast<R>, K = L / A * kPer<T>;
+      stored<T>* const to = reinterpret_cast<stored<T>*>(w.q + (row + r / A * A) * x.wideD / kPer<T>) + r % A * K;
       for (int64_t d = 0; d < x.D; d++) {
         if constexpr (kPairs<T>) {
-          to[d / K * K * R + d % K] = q[d];
+          to[d / K * K * A + d % K] = q[d];
         } else {
-          to[d / K * K * R + d % K] = to_float(q[d]);
+          to[d / K * K * A + d % K] = to_float(q[d]);
         }
       }
     }
