@@ -115,30 +115,43 @@ class MultiheadAttention(nn.MultiheadAttention):
         return mask, bias
 
 
-class Softmax(nn.Softmax):
-    """softmax(scale * x) over one dimension; a row that is all -inf gives zeros (PyTorch: NaN).
+class _Softmax(nn.Module):
+    def __init__(self, dim: int | None = None, *, scale: float = 1.0, causal: bool | str = False) -> None:
+        super().__init__(dim)
+        self.scale, self.causal = scale, causal
+
+    def extra_repr(self) -> str:
+        """The arguments that aren't PyTorch's defaults."""
+        scale = f", scale={self.scale}" if self.scale != 1 else ""
+        return f"dim={self.dim}{scale}" + (f", causal={self.causal!r}" if self.causal else "")
+
+    def _options(self, input, mask, bias):
+        dim = self.dim
+        if dim is None:  # as PyTorch chooses, and warns of it
+            dim = F._get_softmax_dim(type(self).__name__, input.dim(), 6)
+        return dict(dim=dim, scale=self.scale, mask=mask, bias=bias, causal=self.causal)
+
+
+class Softmax(_Softmax, nn.Softmax):
+    """softmax(scale * input) over one dimension; a row that is all -inf gives zeros (PyTorch: NaN).
 
     >>> p = llmfast.nn.Softmax(dim=-1)(scores)
     """
 
-    def __init__(self, dim: int = -1, *, scale: float = 1.0, causal: bool | str = False) -> None:
-        super().__init__(dim)
-        self.scale, self.causal = scale, causal
-
-    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x's shape; mask (bool, True = counts) and bias broadcast to x."""
-        return softmax(x, self.dim, scale=self.scale, mask=mask, bias=bias, causal=self.causal)
+    def forward(self, input: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """input's shape; mask (bool, True = counts) and bias broadcast to input."""
+        return softmax(input, **self._options(input, mask, bias))
 
 
-class LogSoftmax(Softmax):
-    """log(softmax(scale * x)) over one dimension.
+class LogSoftmax(_Softmax, nn.LogSoftmax):
+    """log(softmax(scale * input)) over one dimension.
 
     >>> logp = llmfast.nn.LogSoftmax(dim=-1)(logits)
     """
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        """x's shape; hidden entries are -inf."""
-        return log_softmax(x, self.dim, scale=self.scale, mask=mask, bias=bias, causal=self.causal)
+    def forward(self, input: Tensor, mask: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        """input's shape; hidden entries are -inf."""
+        return log_softmax(input, **self._options(input, mask, bias))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -216,12 +216,29 @@ def test_softmax(name, dim):
 
 def test_softmax_options():
     x = torch.randn(2, 6, 6)
-    causal = llmfast.nn.Softmax(scale=0.5, causal=True)(x)
+    causal = llmfast.nn.Softmax(-1, scale=0.5, causal=True)(x)
     hidden = torch.ones(6, 6, dtype=torch.bool).triu(1)
     torch.testing.assert_close(causal, (x * 0.5).masked_fill(hidden, float("-inf")).softmax(-1))
-    torch.testing.assert_close(llmfast.nn.Softmax(scale=0.5)(x, mask=~hidden), causal)
-    torch.testing.assert_close(llmfast.nn.LogSoftmax()(x, bias=x), (2 * x).log_softmax(-1))
-    assert (llmfast.nn.Softmax()(torch.full((2, 3), float("-inf"))) == 0).all()
+    torch.testing.assert_close(llmfast.nn.Softmax(-1, scale=0.5)(input=x, mask=~hidden), causal)
+    torch.testing.assert_close(llmfast.nn.LogSoftmax(-1)(x, bias=x), (2 * x).log_softmax(-1))
+    assert (llmfast.nn.Softmax(-1)(torch.full((2, 3), float("-inf"))) == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension")
+@pytest.mark.parametrize("name", ["Softmax", "LogSoftmax"])
+def test_softmax_is_pytorchs_module(name):
+    ours, theirs = (getattr(m, name) for m in (llmfast.nn, nn))
+    for rank in range(1, 5):
+        x = torch.randn((3, 4, 5, 2)[:rank])
+        for module in (ours(), ours(None)):
+            torch.testing.assert_close(module(x), theirs()(x))
+    torch.testing.assert_close(ours(dim=1)(input=x), theirs(dim=1)(input=x))
+    assert isinstance(ours(1), theirs)
+    assert isinstance(ours(1), nn.Softmax) == (name == "Softmax")
+    assert repr(ours(1)) == repr(theirs(1))
+    assert repr(ours(1, scale=0.5, causal=True)) == f"{name}(dim=1, scale=0.5, causal=True)"
+    with pytest.warns(UserWarning, match="Implicit dimension choice"):
+        ours()(x)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
