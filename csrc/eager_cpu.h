@@ -316,22 +316,20 @@ inline Tensor over(const Tensor& t, int dim) {
   return f;
 }
 
-// softmax_fast(x, dim, scale, log, out)
+// softmax_fast(x, dim, scale, log)
 inline PyObject* softmax_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   return answer([&]() -> py::object {
     if (!undisturbed() || !plain(args[0]) || !PyLong_CheckExact(args[1]) || !PyFloat_CheckExact(args[2])) return {};
-    const bool grad = grad_enabled() && requires_grad(args[0]), fresh = args[4] == Py_None;
-    if (!fresh && (grad || !plain(args[4]) || (grad_enabled() && requires_grad(args[4])))) return {};
+    const bool grad = grad_enabled() && requires_grad(args[0]);
     const Tensor x = view(args[0]);
     const long given = PyLong_AsLong(args[1]), dim = given < 0 ? given + x.dim : given;
     if (!is_float(x) || dim < 0 || dim >= x.dim) return {};
-    const py::object y = fresh ? empty_like(args[0]) : py::reinterpret_borrow<py::object>(args[4]);
+    const py::object y = empty_like(args[0]);
     const Tensor out = view(y);
-    if (out.dtype != x.dtype || out.dim != x.dim || !std::equal(x.size, x.size + x.dim, out.size)) return {};
     const Softmax p{over(x, dim), over(out, dim),    Tensor{}, Tensor{}, PyFloat_AS_DOUBLE(args[2]),
                     kOpen,        args[3] == Py_True};
     if (!side_by_side(p.x, p.y)) return {};
-    if (fresh) huge_pages(out);
+    huge_pages(out);
     {
       Released release;
       kernels->softmax_forward(p);
@@ -384,7 +382,9 @@ inline PyObject* cross_entropy_fast(PyObject*, PyObject* const* args, Py_ssize_t
     if (x.dim != 2 || target.dim != 1 || !is_float(x) || target.dtype != Dtype::kInt64 || target.size[0] != T || !T ||
         !rows_in_place(x))
       return {};
-    CrossEntropy p{x, target, Tensor{}, Tensor{}, Tensor{}, PyLong_AsLongLong(args[2]), 0, 0, 0};
+    int overflow = 0;
+    CrossEntropy p{x, target, Tensor{}, Tensor{}, Tensor{}, PyLong_AsLongLongAndOverflow(args[2], &overflow), 0, 0, 0};
+    if (overflow) return {};
     for (auto [i, number] : {std::pair{3, &p.label_smoothing}, {4, &p.z_loss}, {5, &p.softcap}}) {
       if (!PyFloat_CheckExact(args[i])) return {};
       *number = PyFloat_AS_DOUBLE(args[i]);

@@ -36,6 +36,20 @@ def same_device(t, name, other, other_name="q"):
         raise ValueError(f"{name}: is on {t.device} and {other_name} on {other.device}")
 
 
+def writable(t, name, x, x_name):
+    """t holds each of its numbers once, and shares memory with x only where it is x: as PyTorch checks an out."""
+    if any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+        raise ValueError(f"{name}: several of its elements are one in memory; give a copy")
+    if t is x or t.numel() == 0 or t.is_meta or torch.compiler.is_compiling():
+        return
+    same = t.data_ptr() == x.data_ptr() and t.stride() == x.stride()
+    span = lambda t: t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+    apart = t.data_ptr() + span(t) <= x.data_ptr() or x.data_ptr() + span(x) <= t.data_ptr()
+    dense = all(span(u) == u.element_size() * u.numel() for u in (t, x))  # others may lie between each other
+    if not same and not apart and dense:
+        raise ValueError(f"{name}: shares a part of {x_name}'s memory; give {x_name} itself or memory of its own")
+
+
 def autocast(q, k, v, bias):
     """Under autocast q, k, v and bias take its dtype, as in PyTorch's scaled_dot_product_attention."""
     if not (isinstance(q, Tensor) and ((q.is_cpu and _autocast("cpu")) or (q.is_cuda and _autocast("cuda")))):

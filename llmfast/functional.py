@@ -1,5 +1,7 @@
 """The public functions: their arguments become an AttentionSpec and Extras, nothing else happens here."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -358,8 +360,9 @@ def softmax(
         dim: the dimension that sums to 1.
         mask: bool, broadcasts to x; True = counts.
         bias: float, broadcasts to x; -inf hides; differentiable.
-        causal: column j of row i (the dimension before dim) counts when j <= i + N - M (True) or j <= i ("top_left").
-        out: where to write; may be x itself. Not with a gradient.
+        causal: column j of row i counts when j <= i + N - M (True) or j <= i ("top_left"); the rows are the last of the
+            other dimensions.
+        out: where to write; may be x itself, but not another part of its memory. Not with a gradient.
 
     Returns:
         x's shape and dtype. A row with nothing visible, or all -inf, gives zeros (PyTorch: NaN); a NaN spoils its row
@@ -392,15 +395,15 @@ def cross_entropy(
     Args:
         logits: (V,), (N, V) or (N, V, d1, ...).
         target: int64 of shape (), (N,) or (N, d1, ...). A target outside [0, V) that isn't ignore_index is an
-            IndexError on a CPU; on a GPU, where the host doesn't read it, that row's loss is NaN.
-        weight: (V,), a factor for each class.
+            IndexError on a CPU; on a GPU or compiled, where the host doesn't read it, that row's loss is NaN.
+        weight: (V,), a factor for each class; has no gradient.
         ignore_index: rows with this target have no loss and no gradient.
         label_smoothing: in [0, 1]; the share of the target's probability spread over all classes.
         z_loss: adds z_loss * lse^2 to each row (PaLM, arXiv 2204.02311).
         softcap: logits become softcap * tanh(logits / softcap).
         reduction: "mean" (over the rows' class weights, as PyTorch), "sum" or "none".
-        inplace_backward: the gradient is written over the logits, which saves their memory once more; they must not be
-            used again.
+        inplace_backward: the gradient of (N, V) logits is written over them, which saves their memory once more; using
+            them again, or a second backward, is an error. Of other shapes it is written over a copy.
 
     Returns:
         The loss in float32 (float64 for float64 logits), also for half precision; () or target's shape.
@@ -475,21 +478,30 @@ def linear_cross_entropy(
     ignore_index: int = -100, label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float = 0.0,
     reduction: str = "mean", chunk: int | None = None, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """cross_entropy(x weight^T + bias, target) in chunks of rows: the logits never exist whole.
+    """cross_entropy(x weight^T + bias, target) in chunks of rows: the logits of two chunks never exist together.
 
     Args:
         x: (..., D) hidden states; weight: (V, D); target: (...) int64; bias: (V,). All differentiable but target, once.
-        class_weight, ignore_index, label_smoothing, z_loss, softcap: as in `cross_entropy`.
-        reduction: "mean" or "sum".
-        chunk: rows at a time; by default even parts of at most 16 million logits.
+        class_weight, ignore_index, label_smoothing, z_loss, softcap: as weight and the others in `cross_entropy`.
+        reduction: "mean", "sum" or "none"; the gradient of "none" computes the logits a second time.
+        chunk: rows at a time; by default even parts of at most 16 million logits, and in float16 of at most 2048 rows:
+            their sum of numbers below 32 is a float16.
+
+    Returns:
+        The loss in float32 (float64 for float64 inputs); () or target's shape.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; weight or bias that doesn't match x.
+        NotImplementedError: under torch.func's transforms.
 
     >>> loss = llmfast.linear_cross_entropy(hidden, model.lm_head.weight, target)
     """
-    for name, t in (("x", x), ("weight", weight)):
+    for name, t in (("x", x), ("weight", weight), *(() if bias is None else (("bias", bias),))):
         if arguments.tensor(t, name).dtype not in arguments.FLOATS:
             raise TypeError(f"{name}: expected a floating dtype, got {t.dtype}")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+        arguments.same_device(t, name, x, "x")
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+        raise ValueError(f"chunk: expected a number of rows, at least 1, got {chunk!r}")
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"weight: expected (V, {x.shape[-1] if x.dim() else 'D'}) to match x, got shape {tuple(weight.shape)}"
@@ -502,16 +514,14 @@ def linear_cross_entropy(
             + (f", {bias.dtype}" if bias is not None else "")
         )
     V = weight.shape[0]
-    if bias is not None and tuple(arguments.tensor(bias, "bias").shape) != (V,):
+    if bias is not None and tuple(bias.shape) != (V,):
         raise ValueError(f"bias: expected ({V},), got shape {tuple(bias.shape)}")
     if arguments.tensor(target, "target").shape != x.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(x.shape[:-1])} to match x, got {tuple(target.shape)}")
-    rows, y = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    logits = (
-        rows.new_empty((rows.shape[0], 0)).expand(-1, 0) if V == 0 else rows[:, :1].expand(-1, V)
-    )  # a shape to check against
+    rows, y = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), target.reshape(-1)
+    logits = x.new_empty(()).expand(rows.shape[0], V)  # a shape to check against
     spec, extras, _ = _cross_entropy_problem(
-        logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction
+        logits, y, class_weight, ignore_index, label_smoothing, z_loss, softcap, reduction, "class_weight"
     )
     if ops.transforming():
         raise NotImplementedError(
@@ -519,16 +529,21 @@ def linear_cross_entropy(
             "take cross_entropy(linear(x, weight, bias), target)"
         )
     if chunk is None:
-        parts = -(-rows.shape[0] // max(16, 2**24 // max(V, 1)))
+        most = max(16, 2**24 // max(V, 1))
+        parts = -(-rows.shape[0] // (min(most, 2048) if x.dtype == torch.float16 else most))
         chunk = -(-rows.shape[0] // max(parts, 1)) or 1
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    factor = torch.ones_like(y, dtype=wide)
+    if not ops.needs_grad(rows, kept, bias):  # a Function takes the gradients of what requires one, no_grad or not
+        rows, kept, bias = (None if t is None else t.detach() for t in (rows, kept, bias))
+    share = None if reduction == "none" else rows.new_ones((), dtype=ops.lse_dtype(rows))
     if reduction == "mean":
-        factor = factor / _count(y, spec, extras)
-    return ops.LinearCrossEntropy.apply(rows, kept, bias, y, factor, spec, extras, backend, chunk)
+        share = share / _count(y, spec, extras)
+    loss = ops.LinearCrossEntropy.apply(rows, kept, bias, y, share, spec, extras, backend, chunk)
+    return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction):
+def _cross_entropy_problem(
+    logits, target, weight, ignore_index, label_smoothing, z_loss, softcap, reduction, name="weight"
+):
     if arguments.tensor(logits, "logits").dtype not in arguments.FLOATS:
         raise TypeError(f"logits: expected a floating dtype, got {logits.dtype}")
     if arguments.tensor(target, "target").dtype is not torch.int64:
@@ -544,16 +559,20 @@ def _cross_entropy_problem(logits, target, weight, ignore_index, label_smoothing
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
     if not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an int64, got {ignore_index}")
     label_smoothing, z_loss = arguments.real(label_smoothing, "label_smoothing"), arguments.real(z_loss, "z_loss")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     softcap, _ = arguments.softcap_and_dropout(softcap, 0.0)
     extras = NO_CROSS_ENTROPY_EXTRAS
     if weight is not None:
-        if tuple(arguments.tensor(weight, "weight").shape) != (V,):
-            raise ValueError(f"weight: expected ({V},), one for each class, got shape {tuple(weight.shape)}")
-        arguments.same_device(weight, "weight", logits, "logits")
-        extras = CrossEntropyExtras(weight.detach().to(ops.lse_dtype(logits)))
+        if tuple(arguments.tensor(weight, name).shape) != (V,):
+            raise ValueError(f"{name}: expected ({V},), one for each class, got shape {tuple(weight.shape)}")
+        if ops.needs_grad(weight):
+            raise ValueError(f"{name}: has no gradient; detach it")
+        arguments.same_device(weight, name, logits, "logits")
+        extras = CrossEntropyExtras(weight.detach().to(ops.lse_dtype(logits)).contiguous())
     every = False  # whether every row is known to count
     if target.is_cpu and ops.plain(target) and target.numel():
         low, high = (int(x) for x in torch.aminmax(target))
@@ -579,14 +598,14 @@ def _count(target, spec, extras):
 
 
 def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
-    if mask is None and bias is None and causal is False and backend is None and not _compiling():
-        y = cpu.softmax_fast(x, dim, scale, log, out)
+    if mask is None and bias is None and causal is False and out is None and backend is None and not _compiling():
+        y = cpu.softmax_fast(x, dim, scale, log)
         if y is not None:
             return y
     if arguments.tensor(x, "x").dtype not in arguments.FLOATS:
         raise TypeError(f"x: expected a floating dtype of {arguments.dtype_names(arguments.FLOATS)}, got {x.dtype}")
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16):
-        x = x.float()  # as PyTorch's autocast does on CUDA, not on CPU
+    if out is None and x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype in (torch.float16, torch.bfloat16):
+        x = x.float()  # as PyTorch's autocast does on CUDA, not on CPU, and not with out
     rank = x.dim()
     if not -max(rank, 1) <= dim < max(rank, 1):
         raise IndexError(f"dim: expected one of the {rank} dimensions of x, got {dim}")
@@ -597,13 +616,12 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
             raise ValueError(f"out: expected {arguments.say(x)}, got {arguments.say(out)}")
         if ops.needs_grad(x, bias, out):
             raise ValueError("out: can't be given where a gradient is needed")
+        arguments.writable(out, "out", x, "x")
     if mask is not None or bias is not None:
         extras = SoftmaxExtras(arguments.mask_of(mask, x.shape, x), arguments.bias_of(bias, x.shape, x))
     move = back = lambda t: t
-    if dim not in (-1, rank - 1) and causal is False:  # the last dimension, often the contiguous one, becomes M
+    if dim not in (-1, rank - 1):  # the last dimension, often the contiguous one, becomes M
         move, back = (lambda t: t.movedim(dim, -1)), (lambda t: t.movedim(-1, dim))
-    elif dim not in (-1, rank - 1):
-        move = back = lambda t: t.transpose(dim, -1)
 
     def four(t):  # (L0, L1, M, N) with the softmax over N
         if t is None:
@@ -615,7 +633,7 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
 
     if causal is not False:
         if rank < 2:
-            raise ValueError("causal: x needs a dimension of rows before dim")
+            raise ValueError("causal: x needs a dimension of rows beside dim")
         M, N = move(x).shape[-2:]
         _, right = arguments.band(causal, None, M, N)
         spec = spec._replace(offset=right + N - M)
@@ -624,7 +642,7 @@ def _softmax(x, dim, scale, mask, bias, causal, out, backend, log):
     target = None if out is None else four(out)
     y = ops.softmax(four(x), target, spec, SoftmaxExtras(four(extras.mask), four(extras.bias)), backend)
     if out is not None:
-        if target.data_ptr() != out.data_ptr():  # more than 4 dimensions that can't be flattened in place
+        if rank > 4 and (_compiling() or target.data_ptr() != out.data_ptr()):  # those that can't be flattened in place
             out.copy_(back(y.reshape(move(x).shape)))
         return out
     return back(y.reshape(move(x).shape))

@@ -268,6 +268,11 @@ for _name, _first in (("attention_fwd", 3), ("attention_bwd", 7)):
     _register_vmap(_name, _first, lambda args, _, n=_first + _SPEC: all(t is None for t in args[n : n + _EXTRAS]))
 
 
+def written(t: Tensor) -> None:
+    """A kernel wrote over t, unseen by PyTorch: from now on a gradient that needs what was there is an error."""
+    torch.autograd.graph.increment_version(t)
+
+
 # ---- softmax
 
 
@@ -278,7 +283,10 @@ def softmax(x, out, spec: SoftmaxSpec, extras: SoftmaxExtras, backend: str | Non
         found = pick("softmax", (x, spec, extras), backend, grad)
         if grad:
             return _Softmax.apply(x, extras.bias, spec, extras, found, backend)
-        return found.forward(x, out, spec, extras)
+        y = found.forward(x, out, spec, extras)
+        if out is not None:
+            written(out)
+        return y
     refuse_tangents(x, *extras)
     code = ORDER.index(backend) if backend else -1
     call = _TransformedSoftmax.apply if grad and transforming() else torch.ops.llmfast.softmax_fwd
@@ -389,7 +397,10 @@ def cross_entropy_backward(dloss, x, target, lse, spec, extras, backend, inplace
         return reference.cross_entropy_backward(dloss, x, target, lse, spec, extras)
     if plain(dloss, x, target, lse) and not _batched(dloss):
         found = pick("cross_entropy", (x, target, spec, extras), backend, True)
-        return found.backward(dloss, x, target, lse, spec, extras, x if inplace else None)
+        dx = found.backward(dloss, x, target, lse, spec, extras, x if inplace else None)
+        if inplace:
+            written(x)
+        return dx
     code = ORDER.index(backend) if backend else -1
     return torch.ops.llmfast.cross_entropy_bwd(dloss, x, target, lse, *spec, *extras, code)
 
@@ -419,8 +430,9 @@ _CSPEC = len(CrossEntropySpec._fields)
 
 
 def _ce_split(rest):
-    backend = None if rest[-1] < 0 else ORDER[rest[-1]]
-    return CrossEntropySpec(*rest[:_CSPEC]), CrossEntropyExtras(*rest[_CSPEC:-1]), backend
+    backend, weight = None if rest[-1] < 0 else ORDER[rest[-1]], rest[_CSPEC]
+    extras = CrossEntropyExtras(None if weight is None else weight.contiguous())
+    return CrossEntropySpec(*rest[:_CSPEC]), extras, backend
 
 
 def _ce_fwd(x, target, *rest):
@@ -467,57 +479,77 @@ for _name, _first in (("cross_entropy_fwd", 2), ("cross_entropy_bwd", 4)):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """sum(factor * cross_entropy(x weight^T + bias)) in chunks of rows, so that the logits never exist whole.
+    """cross_entropy(x weight^T + bias) in chunks of rows, so that the logits never exist whole.
 
-    x (T, D), weight (V, D), bias (V,), factor (T,): what each row's loss counts. The gradients are made in the forward,
-    while a chunk's logits are there (Liger Kernel, arXiv 2410.10989), and scaled in the backward. Under autocast
-    weight stays wide outside, and so does its gradient.
+    x (T, D), weight (V, D), bias (V,); share is what each row's loss counts in the sum, or None: then the losses (T,).
+    A sum's gradients are made in the forward, while a chunk's logits are there (Liger Kernel, arXiv 2410.10989), and
+    scaled in the backward; those of single losses make the logits once more. In fp16 share comes in the backward too,
+    where a loss scale makes up for it: 1 / T leaves too few bits of a probability. Under autocast weight stays wide
+    outside, and so does its gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, factor, spec, extras, backend, chunk):
-        total = factor.new_zeros(())
-        wanted = ctx.needs_input_grad
-        dx = torch.empty_like(x) if wanted[0] else None
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32  # sums over chunks
-        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] and not len(x) else None
-        dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
-        ctx.dtypes, weight = (weight.dtype, None if bias is None else bias.dtype), weight.to(x.dtype)
-        for i in range(0, x.shape[0], chunk):
-            rows = slice(i, i + chunk)
-            logits = torch.nn.functional.linear(x[rows], weight, bias)  # (chunk, V)
-            loss, lse = cross_entropy_rows(logits, target[rows], spec, extras, backend)
-            total = total + (loss * factor[rows]).sum()
-            if not any(wanted[:3]):
-                continue
-            d = cross_entropy_backward(factor[rows], logits, target[rows], lse, spec, extras, backend, True)
-            if dx is not None:
-                dx[rows] = d @ weight
-            if wanted[1]:
-                part = d.mT @ x[rows]  # (V, D)
-                if dweight is None:
-                    dweight = part if chunk >= len(x) else part.to(wide)
-                else:
-                    block = 1024 if x.is_cpu else max(1, len(part))  # widened in cache, not in memory
-                    for to, added in zip(dweight.split(block), part.split(block), strict=True):
-                        to += added
-            if dbias is not None:
-                dbias += d.sum(0, dtype=wide)
-        ctx.save_for_backward(dx, dweight, dbias)
-        return total
+    def forward(ctx, x, weight, bias, target, share, *rest):
+        wanted = ctx.needs_input_grad[:3]
+        ctx.late = share is not None and x.dtype == torch.float16
+        ctx.wanted, ctx.rest = wanted, rest
+        dloss = None
+        if share is not None and any(wanted):
+            dloss = torch.ones_like(share) if ctx.late else share
+        loss, grads = _linear_cross_entropy(x, weight, bias, target, dloss, wanted, *rest)
+        if share is None:
+            ctx.save_for_backward(x, weight, bias, target)
+            return loss
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(*grads, share)
+        return loss.sum() * share
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        dx, dweight, dbias = ctx.saved_tensors
-        whole = not compiling() and g.is_cpu and g == 1  # of a loss that is the last thing computed
-        scaled = lambda t, dtype: None if t is None else (t if whole else t * g.to(t.dtype)).to(dtype)
-        return (
-            None if dx is None else scaled(dx, dx.dtype),
-            scaled(dweight, ctx.dtypes[0]),
-            scaled(dbias, ctx.dtypes[1]),
-            *(None,) * 6,
-        )
+        if g.dim():
+            x, weight, bias, target = ctx.saved_tensors
+            _, grads = _linear_cross_entropy(x, weight, bias, target, g, ctx.wanted, *ctx.rest)
+            dtypes, whole = (x.dtype, weight.dtype, None if bias is None else bias.dtype), True
+        else:
+            *grads, share = ctx.saved_tensors
+            g, dtypes = g * share if ctx.late else g, (None if grads[0] is None else grads[0].dtype, *ctx.dtypes)
+            whole = not compiling() and g.is_cpu and g == 1  # of a loss that is the last thing computed
+        scaled = (None if t is None else (t if whole else t * g).to(d) for t, d in zip(grads, dtypes, strict=True))
+        return *scaled, *(None,) * (2 + len(ctx.rest))
+
+
+def _linear_cross_entropy(x, weight, bias, target, dloss, wanted, spec, extras, backend, chunk):
+    """The loss of each row (T,) and where dloss () or (T,) is given the wanted of (dx, dweight, dbias)."""
+    wide = lse_dtype(x)  # of sums over chunks
+    dx, dweight, dbias = (None,) * 3
+    if dloss is not None:
+        dloss = dloss.expand(len(x))
+        dx = torch.empty_like(x) if wanted[0] else None
+        dweight = torch.zeros_like(weight, dtype=wide) if wanted[1] and not len(x) else None
+        dbias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+    losses, weight = [x.new_empty(0, dtype=wide)], weight.to(x.dtype)
+    for i in range(0, len(x), chunk):
+        rows = slice(i, i + chunk)
+        logits = torch.nn.functional.linear(x[rows], weight, bias)  # (chunk, V)
+        loss, lse = cross_entropy_rows(logits, target[rows], spec, extras, backend)
+        losses.append(loss)
+        if dloss is None:
+            continue
+        d = cross_entropy_backward(dloss[rows], logits, target[rows], lse, spec, extras, backend, True)
+        if dx is not None:
+            dx[rows] = d @ weight
+        if wanted[1]:
+            part = d.mT @ x[rows]  # (V, D)
+            if dweight is None:
+                dweight = part if chunk >= len(x) else part.to(wide)
+            else:
+                block = 1024 if x.is_cpu else max(1, len(part))  # widened in cache, not in memory
+                for to, added in zip(dweight.split(block), part.split(block), strict=True):
+                    to += added
+        if dbias is not None:
+            dbias += d.sum(0, dtype=wide)
+    return torch.cat(losses), (dx, dweight, dbias)
 
 
 # ---- linear

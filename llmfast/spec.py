@@ -75,7 +75,7 @@ class CrossEntropySpec(NamedTuple):
 class CrossEntropyExtras(NamedTuple):
     """Optional tensors of a cross entropy."""
 
-    weight: Tensor | None = None  # (V,) float32 (float64 for float64 logits): a factor for each class
+    weight: Tensor | None = None  # (V,) contiguous, float32 (float64 for float64 logits): a factor for each class
 
 
 class Grads(NamedTuple):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_attention import DTYPES, device_of, skip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmfast
 from llmfast import backends, cases
@@ -113,20 +114,48 @@ def test_is_pytorchs(logits, target, reduction):
         torch.testing.assert_close(got, F.cross_entropy(x, y, reduction=reduction, **options), equal_nan=True)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", backends.ORDER)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_linear(name, reduction, chunk):
-    _, y, options = problem((33, 29), name, torch.float32)
-    inputs = [torch.randn(33, 8), torch.randn(29, 8), torch.randn(29)]
+def test_linear(name, reduction, chunk, backend):
+    device = device_of(backend)
+    _, y, options = problem((33, 29), name, torch.float32, device)
+    inputs = [torch.randn(*size, device=device) for size in ((33, 8), (29, 8), (29,))]
     mine = [t.clone().requires_grad_() for t in inputs]
     wide = [t.double().requires_grad_() for t in inputs]
-    weights = {"class_weight" if n == "weight" else n: t for n, t in options.items()}
-    got = llmfast.linear_cross_entropy(mine[0], mine[1], y, bias=mine[2], reduction=reduction, chunk=chunk, **weights)
+    try:
+        got = linear(mine, y, options, reduction=reduction, chunk=chunk, backend=backend)
+    except NotImplementedError as reason:
+        skip(reason, backend)
     want = truth(F.linear(*wide), y, options, reduction)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(3 * got, mine), torch.autograd.grad(3 * want, wide), strict=True):
+    g = torch.linspace(2, 4, 33, dtype=torch.float64, device=device) if reduction == "none" else want.new_tensor(3)
+    grads = (torch.autograd.grad(t, leaves, g.to(t.dtype)) for t, leaves in ((got, mine), (want, wide)))
+    for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
+
+
+def linear(inputs, y, options, **call):
+    x, w, b = inputs
+    options = {"class_weight" if n == "weight" else n: t for n, t in options.items()}
+    return llmfast.linear_cross_entropy(x, w, y, bias=b, **options, **call)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0, 65536.0])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_in_float16_takes_a_loss_scale(reduction, scale):
+    """Where 1 / rows of a probability has no bits left in float16, and where the scale itself has none above it."""
+    torch.manual_seed(0)
+    x, w, y = torch.randn(4096, 32), torch.randn(2000, 32) / 6, torch.randint(0, 2000, (4096,))
+    halves = x.half(), w.half()
+    narrow, wide = ([t.to(d, copy=True).requires_grad_() for t in halves] for d in (torch.float16, torch.float64))
+    got = llmfast.linear_cross_entropy(*narrow, y, reduction=reduction)
+    want = F.cross_entropy(F.linear(*wide), y)
+    grads = torch.autograd.grad(scale * got.mean(), narrow), torch.autograd.grad(scale * want, wide)
+    for a, b in zip(*grads, strict=True):  # what stays of a scale of 1 is the rounding of the gradient itself
+        error = (a.double() - b).norm() / b.norm()
+        assert error <= (0.02 if reduction == "none" and scale == 1 else 0.004 if scale == 1 else 1e-3), error
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -148,24 +177,109 @@ def test_linear_under_autocast(chunk):
     assert torch.equal(dw, dw.bfloat16().float()) == (chunk is None)
 
 
-def test_linear_never_holds_the_logits():
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, torch.Tensor):
+                self.size = max(self.size, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_never_holds_the_logits(reduction):
     """The largest tensor made is a chunk of logits, not (T, V)."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for t in out if isinstance(out, (tuple, list)) else [out]:
-                if isinstance(t, torch.Tensor):
-                    Largest.size = max(Largest.size, t.untyped_storage().nbytes())
-            return out
-
     x, w = torch.randn(256, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
-    with Largest():
-        llmfast.linear_cross_entropy(x, w, torch.randint(0, 1000, (256,)), chunk=16, backend="reference").backward()
-    assert Largest.size < 256 * 1000 * 4 / 2
+    y = torch.randint(0, 1000, (256,))
+    with Largest() as seen:
+        llmfast.linear_cross_entropy(x, w, y, chunk=16, reduction=reduction, backend="reference").sum().backward()
+    assert seen.size < 256 * 1000 * 4 / 2
+
+
+@pytest.mark.skipif(bool(cpu.available()), reason=str(cpu.available()))
+def test_no_float32_copy_of_the_logits():
+    x = torch.randn(64, 1000).bfloat16().requires_grad_()
+    with Largest() as seen:
+        llmfast.cross_entropy(x, torch.randint(0, 1000, (64,)), label_smoothing=0.1, backend="cpu").backward()
+    assert seen.size == 64 * 1000 * 2
+
+
+def test_linear_makes_no_gradients_that_nobody_asked_for():
+    """Inputs that require a gradient, in evaluation: no more memory and time than without."""
+    x, w = torch.randn(64, 16, requires_grad=True), torch.randn(100, 16, requires_grad=True)
+    y = torch.randint(0, 100, (64,))
+    want = llmfast.linear_cross_entropy(x, w, y)
+    with torch.profiler.profile() as seen, torch.no_grad():
+        got = llmfast.linear_cross_entropy(x, w, y)
+    assert torch.equal(got, want)
+    assert not got.requires_grad
+    assert sum(e.count for e in seen.key_averages() if e.key in ("aten::mm", "aten::addmm")) == 1
+
+
+@pytest.mark.parametrize("size", [(0, 4), (2, 0, 4), (3, 0)])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_linear_of_nothing_is_pytorchs(size, reduction):
+    x, w = torch.randn(size, requires_grad=True), torch.randn(5, size[-1], requires_grad=True)
+    y = torch.zeros(size[:-1], dtype=torch.int64)
+    got = llmfast.linear_cross_entropy(x, w, y, reduction=reduction)
+    want = F.cross_entropy(F.linear(x, w).reshape(-1, 5), y.reshape(-1), reduction=reduction)
+    torch.testing.assert_close(got, want.reshape(got.shape), equal_nan=True)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), (x, w)) for t in (got, want)), strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_class_weights_of_any_stride(backend):
+    device = device_of(backend)
+    x, y = X.to(device).requires_grad_(), Y.to(device)
+    for weight in (torch.tensor(2.0).expand(9), torch.arange(1.0, 19.0)[::2], torch.arange(9.0, 0.0, -1).double()):
+        weight = weight.to(device)
+        try:
+            got = llmfast.cross_entropy(x, y, weight=weight, label_smoothing=0.1, reduction="sum", backend=backend)
+        except NotImplementedError as reason:
+            skip(reason, backend)
+        want = F.cross_entropy(x.double(), y, weight=weight.double(), label_smoothing=0.1, reduction="sum")
+        torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(*(torch.autograd.grad(t, x)[0] for t in (got, want)))
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_logits_that_were_written_over_are_an_error(backend):
+    """Where the gradient took the logits' place, what needs the logits says so instead of taking it for them."""
+    if backend and (reason := llmfast.info()["backends"][backend]):
+        pytest.skip(reason)
+    x, changed = torch.randn(6, 9, requires_grad=True), "modified by an inplace operation"
+    loss = lambda t: llmfast.cross_entropy(t, torch.arange(6), inplace_backward=True, backend=backend)
+    for make in (lambda: x.tanh(), lambda: x.exp()):
+        with pytest.raises(RuntimeError, match=changed):
+            loss(make()).backward()
+    logits = x * 2
+    with pytest.raises(RuntimeError, match=changed):
+        (logits.square().mean() + loss(logits)).backward()
+    once = loss(x * 2)
+    once.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=changed):
+        once.backward()
+
+
+def test_gradcheck_of_reductions_and_weights():
+    torch.manual_seed(0)
+    y, w = torch.tensor([0, 4, 2, 2]), torch.rand(5, dtype=torch.float64) + 0.5
+    x, h, v, b = (torch.randn(*n, dtype=torch.float64, requires_grad=True) for n in ((4, 5), (4, 3), (5, 3), (5,)))
+    for reduction, weight, chunk in itertools.product(("mean", "sum", "none"), (None, w), (1, 3, None)):
+        options = dict(reduction=reduction, ignore_index=2, label_smoothing=0.2, softcap=3.0, z_loss=0.1)
+        fn = lambda x, o=options, w=weight: llmfast.cross_entropy(x, y, weight=w, **o)
+        if chunk is None:
+            assert torch.autograd.gradcheck(fn, (x,))
+            assert torch.autograd.gradgradcheck(fn, (x,))
+        whole = lambda h, v, b, o=options, w=weight, c=chunk: llmfast.linear_cross_entropy(
+            h, v, y, bias=b, class_weight=w, chunk=c, **o
+        )
+        assert torch.autograd.gradcheck(whole, (h, v, b))
 
 
 def test_gradcheck():
@@ -264,7 +378,7 @@ def test_logits_far_below_zero(backend):
 
 
 @pytest.mark.parametrize("column", [0, 3000, 69999])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["triton", "cpu", "reference"])
 def test_nan_spoils_its_row_only(backend, column):
     if reason := llmfast.info()["backends"][backend]:
         pytest.skip(reason)
@@ -292,16 +406,29 @@ BAD = [
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 8), Y), ValueError, "weight: expected .V, 9."),
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(5, 9), Y), IndexError, "target: 8 is not one of 5"),
     (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9).half(), Y), ValueError, "expected one dtype"),
+    (lambda: llmfast.cross_entropy(X, Y, ignore_index=2**70), ValueError, "ignore_index: expected an int64"),
     (
-        lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, bias=torch.ones(3)),
+        lambda: llmfast.cross_entropy(X, Y, weight=torch.ones(9, requires_grad=True)),
         ValueError,
-        "bias: expected .9,.",
+        "^weight: has no gradient",
     ),
-    (lambda: llmfast.linear_cross_entropy(X, torch.ones(9, 9), Y, reduction="none"), ValueError, "reduction"),
+    *(
+        (lambda o=o: llmfast.linear_cross_entropy(X, o.pop("weight", torch.ones(9, 9)), Y, **o), error, message)
+        for o, error, message in (
+            (dict(bias=torch.ones(3)), ValueError, "^bias: expected .9,."),
+            (dict(bias=[1.0] * 9), TypeError, "^bias: expected a torch.Tensor"),
+            (dict(bias=torch.ones(9, device="meta")), ValueError, "^bias: is on meta and x on cpu"),
+            (dict(weight=torch.ones(9, 9, device="meta")), ValueError, "^weight: is on meta and x on cpu"),
+            (dict(class_weight=torch.ones(4)), ValueError, "^class_weight: expected .9,."),
+            (dict(class_weight=torch.ones(9, requires_grad=True)), ValueError, "^class_weight: has no gradient"),
+            (dict(reduction="max"), ValueError, "^reduction: expected"),
+            *((dict(chunk=c), ValueError, "^chunk: expected a number of rows") for c in (-3, 0, 1.5, "a")),
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[m[:30] for _, _, m in BAD])
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=[f"{i}-{m[:30]}" for i, (_, _, m) in enumerate(BAD)])
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -311,11 +438,16 @@ def test_bad_input(call, error, message):
     "columns", [1, 7, 50257, *(pytest.param(n, marks=pytest.mark.long) for n in (151936, 1_000_003, 2**20))]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_number_of_classes(columns, dtype):
+@pytest.mark.parametrize("backend", backends.ORDER)
+def test_any_number_of_classes(columns, dtype, backend):
     torch.manual_seed(0)
-    x, y = torch.randn(3, columns).to(dtype).requires_grad_(), torch.randint(0, columns, (3,))
+    device = device_of(backend)
+    x, y = torch.randn(3, columns).to(device, dtype).requires_grad_(), torch.randint(0, columns, (3,)).to(device)
     wide = x.detach().double().requires_grad_()
-    got, want = llmfast.cross_entropy(x, y), F.cross_entropy(wide, y)
+    try:
+        got, want = llmfast.cross_entropy(x, y, backend=backend), F.cross_entropy(wide, y)
+    except NotImplementedError as reason:
+        skip(reason, backend)
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=1e-6)
     grads = [torch.autograd.grad(loss, t)[0] for loss, t in ((got, x), (want, wide))]
     torch.testing.assert_close(grads[0].double(), grads[1], atol=1e-9, rtol=1e-5 if dtype == torch.float32 else 8e-3)

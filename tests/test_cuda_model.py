@@ -73,6 +73,22 @@ def test_cross_entropy_agrees_with_float64(cuda, shape, name, dtype):
     test_cross_entropy.test_agrees_with_float64(shape, name, dtype, "cuda")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy(cuda, reduction):
+    test_cross_entropy.test_linear("everything", reduction, 16, "cuda")
+
+
+@pytest.mark.parametrize("columns", [40, 1500, 20_000])
+def test_nan_spoils_its_row_only(cuda, columns):
+    x, y = torch.randn(3, columns), torch.tensor([1, 2, 3])
+    x[1, columns // 2] = float("nan")
+    want = [False, True, False]
+    for t in (x, x.half()):
+        assert llmfast.cross_entropy(t, y, reduction="none", backend="cuda").isnan().tolist() == want
+        for f in (llmfast.softmax, llmfast.log_softmax):
+            assert f(t, backend="cuda").isnan().all(1).tolist() == want
+
+
 @pytest.mark.parametrize(("name", "dtype"), list(rows(test_triton_decode.OPTIONS, ["bf16", "fp16"])))
 def test_decode(cuda, name, dtype):
     test_triton_decode.check_against_float64(name, DTYPES[dtype], "cuda")

@@ -126,15 +126,81 @@ def test_a_row_depends_on_itself_alone(log, columns, dtype):
             assert torch.equal(cases.run_softmax(x[i][None], options, dy[i][None], "cpu")[n][0], t[i]), (n, i)
 
 
-LENGTHS = [1, 7, 4097, 262145, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 65537, 1_000_003, 2**20))]
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("dim", range(-4, 4))
+def test_causal_over_any_dimension(dim, log):
+    """The rows are the last of the other dimensions."""
+    x = torch.randn(3, 4, 5, 6)
+    f, theirs = (llmfast.log_softmax, torch.log_softmax) if log else (llmfast.softmax, torch.softmax)
+    rows = x.movedim(dim, -1)
+    M, N = rows.shape[-2:]
+    for causal, offset in (("top_left", 0), (True, N - M)):
+        hidden = torch.ones(M, N, dtype=torch.bool).triu(offset + 1)
+        want = theirs(rows.masked_fill(hidden, float("-inf")), -1).masked_fill(hidden.all(-1, keepdim=True), 0)
+        if log:
+            want = want.masked_fill(hidden, float("-inf"))
+        torch.testing.assert_close(f(x, dim, causal=causal), want.movedim(-1, dim))
 
 
-@pytest.mark.parametrize("columns", LENGTHS)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("shape", [(5, 7), (2, 3, 4, 5, 6)])
+def test_out_compiles_whole(shape):
+    torch._dynamo.reset()
+    x = torch.randn(shape)
+    for made in (torch.empty(shape), torch.empty(shape[::-1]).permute(*reversed(range(len(shape))))):
+        for dim in (-1, 0):
+            compiled = torch.compile(
+                lambda x, out, d=dim: llmfast.softmax(x, d, out=out), fullgraph=True, backend="aot_eager"
+            )
+            assert compiled(x, made) is made
+            torch.testing.assert_close(made, x.softmax(dim))
+            inplace = x.clone()
+            compiled(inplace, inplace)
+            torch.testing.assert_close(inplace, x.softmax(dim))
+
+
+@pytest.mark.parametrize("backend", [None, "cpu", "reference"])
+def test_out_is_seen_by_autograd(backend):
+    """y was kept for a gradient: over it nothing is written unseen."""
+    run_or_skip(torch.zeros(1, 1), {}, None, backend)
+    x = torch.randn(4, 9, requires_grad=True)
+    y = x.exp()
+    with torch.no_grad():
+        llmfast.softmax(y, out=y, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_out_that_is_not_its_own_memory():
+    buffer = torch.randn(5, 6)
+    flat, x = buffer.view(-1), torch.randn(4, 6)
+    with pytest.raises(ValueError, match="out: several of its elements are one in memory"):
+        llmfast.softmax(x, out=torch.zeros(6).expand(4, 6))
+    with pytest.raises(ValueError, match="out: shares a part of x's memory"):
+        llmfast.softmax(flat[:24].view(4, 6), out=flat[1:25].view(4, 6))
+    between = torch.randn(4, 12)
+    want = between[:, ::2].softmax(-1)
+    assert torch.equal(llmfast.softmax(between[:, ::2], out=between[:, 1::2]), llmfast.softmax(between[:, ::2]))
+    torch.testing.assert_close(between[:, 1::2], want)
+    for given, out in ((flat[:12].view(2, 6), flat[12:24].view(2, 6)), (x, x)):
+        want = given.softmax(-1)
+        torch.testing.assert_close(llmfast.softmax(given, out=out), want)
+
+
+def lengths():
+    """In the long tier more of them, and the interpreter's long rows: half a minute for a million columns."""
+    for columns, backend in itertools.product((1, 7, 4097, 262145, 2, 65537, 1_000_003, 2**20), backends.ORDER):
+        long = columns not in (1, 7, 4097, 262145) or (columns > 4097 and backend == "triton")
+        yield pytest.param(columns, backend, marks=pytest.mark.long if long else ())
+
+
+@pytest.mark.parametrize(("columns", "backend"), list(lengths()))
 def test_any_number_of_columns(columns, backend):
     """Rows of one dtype and the other, over the last dimension and over the first, and their gradients."""
     torch.manual_seed(0)
-    x, dy = torch.randn(2, 3, columns), torch.rand(3, columns) - 0.5
+    x, dy = (
+        torch.randn(2, 3, columns, device=device_of(backend)),
+        torch.rand(3, columns, device=device_of(backend)) - 0.5,
+    )
     run_or_skip(x, {}, None, backend)
     for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
         for f, theirs in ((llmfast.softmax, torch.softmax), (llmfast.log_softmax, torch.log_softmax)):

@@ -89,10 +89,12 @@ class _CrossEntropy(_Recorded):
 
     @staticmethod
     def backward(ctx, dloss):
-        if (found := _short_way(ctx, dloss, _cpu.cross_entropy_gradient)) is not None:
-            return found
-        x, target, lse = ctx.saved_tensors
         *spec, divisor, inplace = ctx.numbers
+        x, target, lse = ctx.saved_tensors
+        if (found := _short_way(ctx, dloss, _cpu.cross_entropy_gradient)) is not None:
+            if inplace:
+                ops.written(x)
+            return found
         if dloss.dim() == 0:
             dloss = (dloss / divisor).expand(x.shape[0])
         spec = CrossEntropySpec(*spec)
@@ -217,16 +219,14 @@ def _rows(x):
 
 def _cross_entropy_forward(x, target, spec, extras):
     loss, lse = (torch.empty(x.shape[0], dtype=lse_dtype(x)) for _ in range(2))
-    weight = None if extras.weight is None else extras.weight.contiguous()
-    _cpu.cross_entropy_forward(_rows(x), target, loss, lse, weight, *spec)
+    _cpu.cross_entropy_forward(_rows(x), target, loss, lse, extras.weight, *spec)
     return loss, lse
 
 
 def _cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
     x = _rows(x)
     dx = _fresh(x) if out is None or _rows(out) is not out else out
-    weight = None if extras.weight is None else extras.weight.contiguous()
-    _cpu.cross_entropy_backward(dloss.to(lse.dtype), x, target, lse, dx, weight, *spec)
+    _cpu.cross_entropy_backward(dloss.to(lse.dtype), x, target, lse, dx, extras.weight, *spec)
     return dx if out is None or dx is out else out.copy_(dx)
 
 

@@ -184,9 +184,12 @@ def _fold(x, like):
 
 def softmax_forward(x, out, spec, extras):
     s = softmax_scores(x, spec, extras)
-    lse, p = _softmax(s, None)
-    y = (s - _finite(lse)[..., None] if spec.log else p).to(x.dtype)
-    return y if out is None else out.copy_(y)
+    if spec.log:
+        s = s - _finite(s.amax(-1, keepdim=True)) if s.shape[-1] else s
+        y = s - _finite(torch.logsumexp(s, -1, keepdim=True))
+    else:
+        _, y = _softmax(s, None)
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def softmax_backward(dy, y, spec, extras):
@@ -216,13 +219,13 @@ def softmax_scores(x, spec, extras):
 def cross_entropy_forward(x, target, spec, extras):
     """(loss, lse), each (T,), of logits x (T, V) and targets (T,) int64."""
     x = capped(wide(x), spec)[0]
-    lse = torch.logsumexp(x, -1)
-    kept = target != spec.ignore_index
-    y = target.where(kept, 0)
-    w = x.new_ones(x.shape[1]) if extras.weight is None else extras.weight.to(x.dtype)
-    loss = (1 - spec.label_smoothing) * w[y] * (lse - x.gather(1, y[:, None])[:, 0])
+    m = _finite(x.amax(-1)).detach()
+    x = x - m[:, None]  # x and log_l: of the size of the loss, as x and lse may not be
+    log_l = torch.logsumexp(x, -1)
+    lse, (kept, y, w, hit) = m + log_l, _classes(target, x, spec, extras)
+    loss = hit * (log_l - x.gather(1, y[:, None])[:, 0])
     if spec.label_smoothing:
-        loss = loss + spec.label_smoothing / x.shape[1] * (w * (lse[:, None] - x)).sum(-1)
+        loss = loss + spec.label_smoothing / x.shape[1] * (w * (log_l[:, None] - x)).sum(-1)
     if spec.z_loss:
         loss = loss + spec.z_loss * lse.square()
     return loss.where(kept, 0.0), lse
@@ -233,16 +236,22 @@ def cross_entropy_backward(dloss, x, target, lse, spec, extras, out=None):
     weighed by.
     """
     wx, dcap = capped(wide(x), spec)
-    V = wx.shape[1]
-    kept = target != spec.ignore_index
-    y = target.where(kept, 0)
-    w = wx.new_ones(V) if extras.weight is None else extras.weight.to(wx.dtype)
-    hit, smooth = (1 - spec.label_smoothing) * w[y], spec.label_smoothing / V
+    kept, y, w, hit = _classes(target, wx, spec, extras)
+    smooth = spec.label_smoothing / wx.shape[1]
     a = hit + smooth * w.sum() + 2 * spec.z_loss * lse
     dx = a[:, None] * torch.exp(wx - lse[:, None]) - smooth * w
     dx = dx - torch.zeros_like(dx).scatter(1, y[:, None], hit[:, None])
     dx = (dx * dcap * dloss.where(kept, 0.0)[:, None]).masked_fill(~kept[:, None], 0.0).to(x.dtype)
     return dx if out is None else out.copy_(dx)
+
+
+def _classes(target, x, spec, extras):
+    """Which rows count, their classes, each class's weight, and the weight of -log p[y]: NaN where y is no class."""
+    kept = target != spec.ignore_index
+    known = (target >= 0) & (target < x.shape[1])
+    y = target.where(kept & known, 0)
+    w = x.new_ones(x.shape[1]) if extras.weight is None else extras.weight.to(x.dtype)
+    return kept, y, w, ((1 - spec.label_smoothing) * w[y]).masked_fill(kept & ~known, float("nan"))
 
 
 def capped(x, spec):
