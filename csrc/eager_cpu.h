@@ -348,8 +348,9 @@ inline PyObject* softmax_gradient(PyObject*, PyObject* const* args, Py_ssize_t) 
     const Tensor out = view(y);
     Tensor dout = view(d);
     if (dout.dtype != out.dtype) return {};
-    py::object copy;  // where dy lies otherwise than y
-    if (!side_by_side(over(out, dim), over(dout, dim)))
+    const Tensor seen = over(out, dim), turned = over(dout, dim);
+    py::object copy;  // where dy lies otherwise than y and can't be read so
+    if (!side_by_side(seen, turned) && (rows_in_place(seen) || turned.stride[3] != 1))
       copy = empty_like(y).attr("copy_")(py::handle(d)), dout = view(copy);
     const SoftmaxBackward p{over(dout, dim),           over(out, dim),         over(view(dx), dim), Tensor{},
                             numbers[0].cast<double>(), numbers[1].cast<bool>()};

@@ -186,6 +186,22 @@ def test_out_that_is_not_its_own_memory():
         torch.testing.assert_close(llmfast.softmax(given, out=out), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 33), (2, 3, 130, 257), (64, 1030), (17, 2)])
+def test_the_gradient_does_not_depend_on_how_dy_lies(shape, dtype):
+    """x, and so y, lies with its rows side by side or one after the other, dy likewise, or with room between."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(shape).to(DTYPES[dtype]), torch.randn(shape).to(DTYPES[dtype])
+    turned = lambda t: t.mT.contiguous().mT
+    for f in (llmfast.softmax, llmfast.log_softmax):
+        for lies in (turned, torch.Tensor.contiguous):
+            leaf = lies(x).requires_grad_()
+            y = f(leaf)
+            room = torch.cat((dy, dy), -1)[..., : shape[-1]]
+            found = [torch.autograd.grad(y, leaf, d, retain_graph=True)[0] for d in (lies(dy), turned(dy), dy, room)]
+            assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 def lengths():
     """In the long tier more of them, and the interpreter's long rows: half a minute for a million columns."""
     for columns, backend in itertools.product((1, 7, 4097, 262145, 2, 65537, 1_000_003, 2**20), backends.ORDER):

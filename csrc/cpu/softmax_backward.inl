@@ -100,7 +100,24 @@ void backward_row(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   if (db && !p.dbias.stride[3]) *db += over_row;
 }
 
-// backward_row of Z kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows.
+// tile (n, Z kLanes): columns [0, n) of count rows of dy, at most Z kLanes of them, which lie one after the other.
+template <int Z, class T>
+void stage(const T* dy, int64_t step, int64_t count, int64_t n, T* tile) {
+  constexpr int L = kLanesOf<compute<T>>;
+  for (int z = 0; z < Z; z++)
+    for (int64_t j = 0; j < n; j += L) {
+      vec_of<compute<T>> r[L];
+      for (int k = 0; k < L; k++) {
+        const T* const from = dy + (z * L + k) * step + j;
+        r[k] = z * L + k >= count ? vec_of<compute<T>>{} : n - j < L ? load_part(from, n - j) : loadu(from);
+      }
+      transpose(r);
+      for (int k = 0; k < min<int64_t>(L, n - j); k++) storeu(tile + ((j + k) * Z + z) * L, r[k]);
+    }
+}
+
+// backward_row of Z kLanes rows from i of tensors whose contiguous dimension is M: lanes are rows. Of a dy whose rows
+// lie one after the other kBlock columns are turned at a time.
 template <int Z, class T>
 void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i) {
   using C = compute<T>;
@@ -112,11 +129,22 @@ void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i)
   const C scale = static_cast<C>(p.scale);
   auto counts = [&](V v, V d) { return v == -kInfOf<C> ? V{} : d; };
   V v[Z], d[Z], all[Z];
+  const bool turned = p.dy.stride[3] == 1;
+  const int64_t step = turned ? Z * L : p.dy.stride[3];
+  alignas(64) T tile[kBlock * Z * L];
+  const T* block = nullptr;  // dy of the columns from first
+  int64_t first = -1;
+  auto go_to = [&](int64_t j) {
+    if (first == j) return;
+    block = turned ? tile : dy + j * step, first = j;
+    if (turned) stage<Z>(dy + j, p.dy.stride[2], count, min(kBlock, N - j), tile);
+  };
   auto read = [&](int64_t j) __attribute__((always_inline)) {
-    read_lanes<Z>(y + j * p.y.stride[3], count, v), read_lanes<Z>(dy + j * p.dy.stride[3], count, d);
+    read_lanes<Z>(y + j * p.y.stride[3], count, v), read_lanes<Z>(block + (j - first) * step, count, d);
   };
   double totals[Z * L] = {};
   for (int64_t j = 0; j < N; j += kBlock) {
+    go_to(j);
     V sums[Z] = {};
     for (int64_t r = j; r < min(j + kBlock, N); r++) {
       read(r);
@@ -127,6 +155,7 @@ void backward_columns(const SoftmaxBackward& p, int64_t a, int64_t b, int64_t i)
   }
   for (int k = 0; k < Z * L; k++) all[k / L][k % L] = static_cast<C>(totals[k]);
   for (int64_t j = 0; j < N; j++) {
+    if (j % kBlock == 0) go_to(j);
     read(j);
     LLMFAST_UNROLL
     for (int k = 0; k < Z; k++)

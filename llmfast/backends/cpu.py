@@ -197,8 +197,8 @@ def _softmax_forward(x, out, spec, extras):
 
 
 def _softmax_backward(dy, y, spec, extras):
-    across = extras.bias is None and all(t.stride(-2) == 1 and t.stride(-1) != 1 for t in (dy, y))
-    if not across:
+    lanes = lambda t: t.stride(-2) == 1 and t.stride(-1) != 1
+    if not (extras.bias is None and lanes(y) and (lanes(dy) or dy.stride(-1) == 1)):  # rows of dy may lie otherwise
         dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
     dx = _fresh(y)
     dbias = None if extras.bias is None else torch.zeros(extras.bias.shape, dtype=lse_dtype(y))
