@@ -73,6 +73,12 @@ inline Tensor view(py::handle t) {
   Tensor v;
   if (t.is_none()) return v;
   static char empty[64];  // an empty tensor is present
+  auto at = [&](void* data) {
+    for (int i = 0; i < v.dim; i++)
+      if (v.size[i] == 0) return empty;
+    if (!data) throw std::invalid_argument("a tensor has no memory of its own");
+    return static_cast<char*>(data);
+  };
   static const bool quick = shim().complete();
   if (quick) {
     const Shim& s = shim();
@@ -83,16 +89,16 @@ inline Tensor view(py::handle t) {
     if (!impl || s.data_ptr(&impl, &data) || s.dim(&impl, &dim) || s.sizes(&impl, &sizes) ||
         s.strides(&impl, &strides) || s.dtype(&impl, &type) || dim > 4)
       throw std::invalid_argument("a tensor has more than 4 dimensions or no memory of its own");
-    v.data = data ? static_cast<char*>(data) : empty, v.dim = static_cast<int>(dim);
+    v.dim = static_cast<int>(dim);
     for (int i = 0; i < v.dim; i++) v.size[i] = sizes[i], v.stride[i] = sizes[i] == 1 ? 0 : strides[i];
+    v.data = at(data);
     constexpr int types[] = {6, 15, 5, 7, 11, 3, 4};  // c10/core/ScalarType.h, in Dtype's order
     for (int i = 0; i < 7; i++)
       if (type == types[i]) return v.dtype = static_cast<Dtype>(i), v;
     throw std::invalid_argument("a tensor has a dtype that the kernels do not know");
   }
   const Names& n = names();
-  v.data = static_cast<char*>(PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), n.data_ptr)).ptr()));
-  if (!v.data) v.data = empty;
+  void* const data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(t.ptr(), n.data_ptr)).ptr());
   py::object shape = owned(PyObject_GetAttr(t.ptr(), n.shape)),
              stride = owned(PyObject_CallMethodNoArgs(t.ptr(), n.stride));
   v.dim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
@@ -101,6 +107,7 @@ inline Tensor view(py::handle t) {
     v.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
     v.stride[i] = v.size[i] == 1 ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
   }
+  v.data = at(data);
   py::object dtype = owned(PyObject_GetAttr(t.ptr(), n.dtype));
   for (int i = 0; i < 7; i++)
     if (dtype.ptr() == n.dtypes[i]) {

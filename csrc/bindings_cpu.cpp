@@ -65,6 +65,7 @@ PYBIND11_MODULE(_cpu, m) {
     AttentionBackward p{do_rows.seen, q_rows.seen,  k_rows.seen,       v_rows.seen, o_rows.seen,
                         view(lse),    view(rowsum), view(dq),          view(dk),    view(dv),
                         view(dbias),  view(dsinks), attention_spec(s), extras(e)};
+    check_saved(p);
     {
       Released release;
       if (own) kernels->rowdot(p.o, p.dout, p.delta);

@@ -18,8 +18,19 @@ namespace llmfast::eager {
 inline const cpu::Kernels* kernels = cpu::select("");
 inline bool alone = false;  // see in_child in bindings_cpu.cpp
 
+inline PyObject* attribute(const char* module, const char* name) {  // kept for the life of the process
+  return py::object(py::module_::import(module).attr(name)).release().ptr();
+}
+
+// OpenMP counts threads for each thread that asks; torch tells it torch.set_num_threads when that one asks torch.
+inline void count_threads() {
+  static PyObject* const asked = attribute("torch", "get_num_threads");
+  static thread_local const bool known = !owned(PyObject_CallNoArgs(asked)).is_none();
+  static_cast<void>(known);
+}
+
 class Released {  // around every kernel: other threads may run Python
-  PyThreadState* const state = PyEval_SaveThread();
+  PyThreadState* const state = (count_threads(), PyEval_SaveThread());
 
  public:
   Released() {
@@ -29,10 +40,6 @@ class Released {  // around every kernel: other threads may run Python
 };
 
 constexpr int64_t kOpen = int64_t{1} << 30;  // OPEN of llmfast/spec.py
-
-inline PyObject* attribute(const char* module, const char* name) {  // kept for the life of the process
-  return py::object(py::module_::import(module).attr(name)).release().ptr();
-}
 
 inline bool grad_enabled() {
   static PyObject* const enabled = attribute("torch", "is_grad_enabled");
@@ -117,8 +124,9 @@ inline Dtype wide(Dtype x) { return x == Dtype::kFloat64 ? Dtype::kFloat64 : Dty
 
 inline py::object empty(const py::tuple& shape, Dtype dtype) {
   static PyObject* const f = attribute("torch", "empty");
-  static PyObject* const keywords = py::make_tuple("dtype").release().ptr();
-  PyObject* args[] = {shape.ptr(), names().dtypes[static_cast<int>(dtype)]};
+  static PyObject *const keywords = py::make_tuple("dtype", "device").release().ptr(),
+                         *const cpu = py::str("cpu").release().ptr();  // whatever torch's default device is
+  PyObject* args[] = {shape.ptr(), names().dtypes[static_cast<int>(dtype)], cpu};
   return owned(PyObject_Vectorcall(f, args, 1, keywords));
 }
 
@@ -270,6 +278,29 @@ inline PyObject* attention_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
   });
 }
 
+// Hooks on saved tensors may give back other ones, and a kernel trusts their shapes.
+inline void check_saved(const AttentionBackward& p) {
+  auto is = [](const Tensor& t, std::initializer_list<int64_t> size) {
+    return t.dim == static_cast<int>(size.size()) && std::equal(size.begin(), size.end(), t.size);
+  };
+  auto broadcasts = [&](const Tensor& t) {
+    const int64_t whole[] = {p.q.size[0], p.q.size[1], p.q.size[2], p.k.size[2]};
+    for (int i = 0; t && i < 4; i++)
+      if (t.size[i] != 1 && t.size[i] != whole[i]) return false;
+    return true;
+  };
+  const int64_t B = p.q.size[0], H = p.q.size[1], Nq = p.q.size[2], D = p.q.size[3], Hk = p.k.size[1], Nk = p.k.size[2],
+                Dv = p.v.size[3];
+  const bool right = is(p.q, {B, H, Nq, D}) && is(p.k, {B, Hk, Nk, D}) && is(p.v, {B, Hk, Nk, Dv}) &&
+                     (Hk ? H % Hk : H) == 0 && is(p.o, {B, H, Nq, Dv}) && is(p.dout, {B, H, Nq, Dv}) &&
+                     is(p.lse, {B, H, Nq}) && is(p.delta, {B, H, Nq}) && p.delta.dtype == p.lse.dtype &&
+                     broadcasts(p.extras.mask) && broadcasts(p.extras.bias);
+  bool one_dtype = p.lse.dtype == wide(p.q.dtype);
+  for (const Tensor* t : {&p.k, &p.v, &p.o, &p.dout}) one_dtype &= t->dtype == p.q.dtype;
+  if (!right || !one_dtype)
+    throw std::invalid_argument("a tensor saved for the gradient has another shape or dtype now");
+}
+
 // saved is (q, k, v, o, lse, and where one is given mask, bias, cu_seqlens_q, cu_seqlens_k); gives (dq, dk, dv, None)
 inline PyObject* attention_gradient(PyObject*, PyObject* const* args, Py_ssize_t) {
   return gradient(args, [](PyObject* d, py::tuple saved, py::tuple spec) -> py::object {
@@ -284,15 +315,15 @@ inline PyObject* attention_gradient(PyObject*, PyObject* const* args, Py_ssize_t
     AttentionBackward p{};
     p.dout = heads(dout.seen, packed), p.q = seen(saved[0]), p.k = seen(saved[1]), p.v = seen(saved[2]);
     p.o = seen(saved[3]), p.lse = view(saved[4]), p.spec = attention_spec(spec), p.extras = e;
-    for (const Tensor* t : {&p.q, &p.k, &p.v, &p.o, &p.dout})  // hooks may have changed what was saved
-      if (t->dim != 4 || t->dtype != p.q.dtype || !rows_in_place(*t)) return {};
-    if (p.lse.dim != 3 || p.lse.dtype != wide(p.q.dtype)) return {};
+    for (const Tensor* t : {&p.q, &p.k, &p.v, &p.o, &p.dout})
+      if (!rows_in_place(*t)) return {};
     const py::object dq = empty_like(saved[0]), dk = empty_like(saved[1]), dv = empty_like(saved[2]);
     p.dq = seen(dq), p.dk = seen(dk), p.dv = seen(dv), p.delta = p.lse;
     const int64_t H = p.lse.size[1], N = p.lse.size[2];
     const std::unique_ptr<double[]> delta(new double[p.lse.size[0] * H * N]);
     p.delta.data = reinterpret_cast<char*>(delta.get());
     p.delta.stride[0] = H * N, p.delta.stride[1] = N, p.delta.stride[2] = 1;
+    check_saved(p);
     {
       Released release;
       kernels->rowdot(p.o, p.dout, p.delta);
@@ -477,7 +508,7 @@ inline PyObject* linear_fast(PyObject*, PyObject* const* args, Py_ssize_t) {
     const bool floats = w.dtype == Dtype::kFloat32 || w.dtype == Dtype::kBFloat16 || w.dtype == Dtype::kFloat16;
     if (!floats || dim < 1 || w.dim != 2 || t[0].dtype != w.dtype || t[0].size[dim - 1] != w.size[1]) return {};
     if (bias && (bias.dim != 1 || bias.size[0] != w.size[0] || bias.dtype != w.dtype)) return {};
-    if (t[0].stride[dim - 1] > 1 || w.stride[1] > 1 || !w.size[0] || !w.size[1]) return {};
+    if (!rows_in_place(t[0]) || !rows_in_place(w) || !w.size[0] || !w.size[1]) return {};
     Tensor x = t[0];  // (rows, D)
     x.dim = 2, x.size[0] = 1, x.stride[0] = 0, x.size[1] = w.size[1], x.stride[1] = 1;
     PyObject* shape[5] = {args[0]};

@@ -99,7 +99,8 @@ MUTANTS = [Mutant(*row) for row in [
     (BWD, "zero<T>(a.dq), zero<T>(a.dk), zero<T>(a.dv);", "zero<T>(a.dq);", "rows of dk that no sequence covers stay unwritten"),
     (BWD, "memset(k.dk, 0, k.nk * wide(D) * sizeof(C))", "memset(k.dk, 0, k.nk * D * sizeof(C))", "dk is not cleared to its padded width"),
     (BWD, "to[d] += from[d];", "to[d] = from[d];", "dq keeps the last chunk of keys only"),
-    (BWD, "row[d] += row[c * part + d];", "row[d] = row[c * part + d];", "dq shared by threads keeps the last chunk only"),
+    (BWD, "row[d] += more[d];", "row[d] = more[d];", "dq shared by threads keeps the last chunk only"),
+    (BWD, "c0 + slots - (c0 > 0));", "c0 + slots);", "a second round of chunks takes a slot more than there is"),
     # decode and sequences
     (DEC, "w.l = at, at += rows * L;", "w.l = at, at += L;", "sums of several rows overlap"),
     (DEC, "} else if (left > 0) {", "} else if (left > kStep) {", "the head dim's tail is forgotten"),

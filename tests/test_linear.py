@@ -79,6 +79,8 @@ def test_one_step_gives_the_long_way_s_bits():
         (x[:0], weight, bias),
         (x, weight[:0], bias[:0]),
         (x[:, :0], weight[:, :0], bias),
+        (x[:, :1].expand(6, 70), weight, bias),
+        (x, weight[:, :1].expand(40, 70), bias),
         (x, weight, bias.bfloat16()),
         (x, weight, bias[:39]),
         (x, weight[:, :69], bias),
@@ -86,6 +88,12 @@ def test_one_step_gives_the_long_way_s_bits():
         (x.tolist(), weight, bias),
     ):
         assert cpu.linear_fast(*other) is None
+
+
+def test_one_number_for_a_whole_row():
+    x, weight, bias = problem(6, 40, 70, torch.float32)
+    for a, b in ((x[:, :1].expand(6, 70), weight), (x, weight[:, :1].expand(40, 70))):
+        torch.testing.assert_close(llmfast.linear(a, b, bias), torch.nn.functional.linear(a, b, bias))
 
 
 def test_strides_and_leading_dimensions():

@@ -135,6 +135,103 @@ def test_obeys_set_num_threads():
     assert said.split() == ["0", "2"]
 
 
+@linux
+def test_obeys_set_num_threads_in_other_threads():
+    """A thread that has asked torch for nothing yet, whose OpenMP has a number of its own."""
+    said = run("""
+        q = torch.zeros(1, 1, 1, 64).expand(2, 4, 300, 64)
+        def work():
+            before = tasks()
+            llmfast.attention(q, q, q)
+            print(tasks() - before)
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            thread = threading.Thread(target=work)
+            thread.start(), thread.join()
+    """)
+    assert said.split() == ["0", "2"]
+
+
+def test_another_default_device():
+    """CPU tensors where new ones are made elsewhere: what a kernel writes lies on the CPU."""
+    run("""
+        q, k, v = problem(1, 2, 40)
+        bias, sinks = torch.randn(40, 40), torch.randn(2)
+        x, y, h, w = torch.randn(8, 30), torch.arange(8), torch.randn(8, 16), torch.randn(30, 16)
+        def work():
+            found = []
+            for options in ({}, dict(bias=bias, sinks=sinks), dict(causal=True, return_lse=True)):
+                leaves = [t.detach().requires_grad_() for t in (q, k, v, bias, sinks)]
+                given = {n: dict(bias=leaves[3], sinks=leaves[4]).get(n, o) for n, o in options.items()}
+                o = llmfast.attention(*leaves[:3], **given)
+                o = o[0] + o[1][..., None] if isinstance(o, tuple) else o
+                found += [o, *(g for g in torch.autograd.grad(o.sum(), leaves, allow_unused=True) if g is not None)]
+            for f in (lambda x: llmfast.softmax(x, bias=x), lambda x: llmfast.cross_entropy(x, y, reduction="none"),
+                      lambda x: llmfast.linear_cross_entropy(h, x[:, :16].T @ x, y), lambda x: llmfast.linear(x, w.mT)):
+                try:
+                    leaf = x.detach().requires_grad_()
+                    o = f(leaf)
+                    found += [o, torch.autograd.grad(o.sum(), leaf)[0]]
+                except ValueError:
+                    assert f is not None
+            return found
+        want = work()
+        torch.set_default_device("meta")
+        for a, b in zip(work(), want, strict=True):
+            assert a.is_cpu and torch.equal(a, b)
+    """)
+
+
+@linux
+def test_memory_of_a_backward():
+    """Few key heads and several threads: what the chunks' gradients take doesn't grow with their number."""
+    said = run("""
+        torch.set_num_threads(8)
+        q, k, v = (torch.randn(1, h, 16384, 64).bfloat16().requires_grad_() for h in (8, 1, 1))
+        do = torch.randn_like(q)
+        o = llmfast.attention(q, k, v, causal=True)
+        open("/proc/self/clear_refs", "w").write("5")
+        status = lambda name: int(next(s for s in open("/proc/self/status") if s.startswith(name)).split()[1])
+        before = status("VmRSS")
+        torch.autograd.grad(o, (q, k, v), do)
+        print((status("VmHWM") - before) // 1024)
+    """)
+    assert int(said) < 256 + 64
+
+
+def test_tensors_without_memory_are_an_error():
+    said = run("""
+        t, x, y = torch.randn(2, 4, 5, 8), torch.randn(3, 7), torch.arange(3)
+        t.untyped_storage().resize_(0), x.untyped_storage().resize_(0)
+        for call in (lambda: llmfast.attention(t, t, t), lambda: llmfast.scaled_dot_product_attention(t, t, t),
+                     lambda: llmfast.softmax(x), lambda: llmfast.cross_entropy(x, y), lambda: llmfast.linear(x, x),
+                     lambda: llmfast.attention(torch.randn(2, 4, 5, 8), t, t)):
+            try:
+                call()
+            except (ValueError, RuntimeError):  # the latter is torch's, of a view
+                print("refused")
+    """)
+    assert said.split() == ["refused"] * 6
+
+
+def test_saved_tensors_that_come_back_otherwise_are_an_error():
+    """A hook that gives back a shorter tensor: an error, and no write past its end."""
+    said = run("""
+        q, k, v = (t.requires_grad_() for t in problem(1, 2, 200))
+        for index in range(5):
+            for options in ({}, dict(sinks=torch.randn(2))):
+                count = iter(range(99))
+                shorter = lambda t: t[:, :, :100].clone() if next(count) % (5 + len(options)) == index else t
+                with torch.autograd.graph.saved_tensors_hooks(lambda t: t, shorter):
+                    o = llmfast.attention(q, k, v, causal=True, **options)
+                try:
+                    torch.autograd.grad(o.sum(), (q, k, v))
+                except ValueError as problem:
+                    print(problem)
+    """)
+    assert said.splitlines() == ["a tensor saved for the gradient has another shape or dtype now"] * 10
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.parametrize("used", ["llmfast", pytest.param("torch", marks=pytest.mark.long)])
 def test_fork(used):

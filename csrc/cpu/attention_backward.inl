@@ -8,6 +8,7 @@ namespace llmfast::cpu::LLMFAST_ISA {
 namespace attention_bwd {
 
 constexpr int64_t kChunkKeys = 512, kMaxChunks = 16;  // adding a chunk's dQ costs about 1 % of what computes it
+constexpr int64_t kSlotBytes = 256 << 20;  // for dQ of chunks on their way: 4 of 8 heads x 32768 x 64 in float32
 
 // A row of a gradient times a factor; dk and dq are kept without scale, which is cheaper here than in dS.
 template <class T>
@@ -155,29 +156,35 @@ void run(const AttentionBackward& a) {
   const int64_t unit_b = one_b ? min<int64_t>(B, 1) : B, unit_h = one_h ? min<int64_t>(Hk, 1) : Hk;
   int64_t most = 1;
   for (int64_t b = 0; b < B; b++) most = max(most, chunks(sequence(a.q, a.k, e, b).Nk));
-  const bool split = most > 1 && unit_b * unit_h < omp_get_max_threads() && !(a.dbias && a.dbias.size[3] == 1);
-  const int64_t part = a.q.size[0] * H * Nq * W, tasks = unit_b * unit_h * (split ? most : 1);
-  C* const parts = split ? static_cast<C*>(aligned_alloc(64, max<int64_t>(64, most * part * sizeof(C)))) : nullptr;
-  if (split && !parts) abort();
+  // Chunks of few sequences go to threads of their own, two for each thread at a time: slot 0 holds the sum so far.
+  const int64_t part = max<int64_t>(a.q.size[0] * H * Nq * W, 16), threads = omp_get_max_threads(),
+                units = unit_b * unit_h;
+  const int64_t slots = min(min(most, 2 * threads), kSlotBytes / (part * int64_t(sizeof(C))));
+  const bool wanted = slots > 1 && units < threads && !(a.dbias && a.dbias.size[3] == 1);
+  C* const parts = wanted ? static_cast<C*>(aligned_alloc(64, slots * part * sizeof(C))) : nullptr;
+  const bool split = parts != nullptr;
+  const int64_t rounds = split ? most : 1;
   auto finish = [&](const Sequence& s, int64_t h, int64_t i, const C* row) {
     narrow<T>(
         row, D, static_cast<C>(a.spec.scale),
         reinterpret_cast<T*>(a.dq.data) + s.batch * a.dq.stride[0] + h * a.dq.stride[1] + (s.q0 + i) * a.dq.stride[2]);
   };
-#pragma omp parallel if (tasks > 1)
-  {
+#pragma omp parallel if (units * rounds > 1)
+  for (int64_t c0 = 0, c1; c0 < rounds; c0 = c1) {
+    c1 = min(rounds, c0 + slots - (c0 > 0));
     static thread_local Scratch scratch, sums;
     Workspace<T> w = workspace<T>(scratch, D, Dv);
+    auto slot = [&](int64_t c) { return parts + (c - c0 + (c0 > 0)) * part; };
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t t = 0; t < tasks; t++) {
-      const int64_t c = t / (unit_b * unit_h), ub = t % (unit_b * unit_h) / unit_h, uh = t % unit_h;
+    for (int64_t t = 0; t < units * (c1 - c0); t++) {
+      const int64_t c = c0 + t / units, ub = t % units / unit_h, uh = t % unit_h;
       for (int64_t b = one_b ? 0 : ub; b < (one_b ? B : ub + 1); b++)
         for (int64_t hk = one_h ? 0 : uh; hk < (one_h ? Hk : uh + 1); hk++) {
           const Sequence s = sequence(a.q, a.k, e, b);
           const int64_t n = chunks(s.Nk), head = s.Nq * W;
           if (split) {
             if (c >= n) continue;
-            C* data = parts + c * part + ((s.batch * H + hk * group) * Nq + s.q0) * W;
+            C* data = slot(c) + ((s.batch * H + hk * group) * Nq + s.q0) * W;
             for (int64_t g = 0; g < group; g++) memset(data + g * Nq * W, 0, head * sizeof(C));
             keys(a, s, hk, group, chunk_start(s.Nk, c), chunk_start(s.Nk, c + 1), adjusts, w,
                  Gradient<C>{data, Nq * W, W});
@@ -220,9 +227,11 @@ void run(const AttentionBackward& a) {
         const Sequence s = sequence(a.q, a.k, e, t / H);
         for (int64_t i = 0; i < s.Nq; i++) {
           C* row = parts + ((s.batch * H + t % H) * Nq + s.q0 + i) * W;
-          for (int64_t c = 1; c < chunks(s.Nk); c++)
-            for (int64_t d = 0; d < D; d++) row[d] += row[c * part + d];
-          finish(s, t % H, i, row);
+          for (int64_t c = max<int64_t>(c0, 1); c < min(c1, chunks(s.Nk)); c++) {
+            const C* const more = row + (slot(c) - parts);
+            for (int64_t d = 0; d < D; d++) row[d] += more[d];
+          }
+          if (c1 == rounds) finish(s, t % H, i, row);
         }
       }
     }

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
@@ -672,7 +673,7 @@ struct Scratch {
     if (n > size) {
       free(data);
       data = static_cast<char*>(aligned_alloc(64, size = (n + 63) / 64 * 64));
-      if (!data) abort();
+      if (!data) fprintf(stderr, "llmfast: no memory for %zu bytes of a thread's workspace\n", n), abort();
     }
     return data;
   }

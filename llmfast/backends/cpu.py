@@ -144,7 +144,7 @@ def _attention_decode(q, k, v, spec, extras, need_lse=True):
 def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
     if extras.bias is None and extras.sinks is None:
         return Grads(*_cpu.attention_backward(do, q, k, v, o, lse, delta, None, None, spec, extras))
-    wide = lambda t: None if t is None else torch.zeros(t.shape, dtype=lse.dtype)
+    wide = lambda t: None if t is None else lse.new_zeros(t.shape)
     dbias, dsinks = wide(extras.bias), wide(extras.sinks)
     dq, dk, dv = _cpu.attention_backward(do, q, k, v, o, lse, delta, dbias, dsinks, spec, extras)
     narrow = lambda t, like: None if t is None else t.to(like.dtype)
@@ -153,7 +153,7 @@ def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
 
 def _rowdot(o, do):
     o, do = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (o, do))
-    delta = torch.empty(o.shape[:3], dtype=lse_dtype(o))
+    delta = o.new_empty(o.shape[:3], dtype=lse_dtype(o))
     _cpu.rowdot(o, do, delta)
     return delta
 
@@ -201,7 +201,7 @@ def _softmax_backward(dy, y, spec, extras):
     if not (extras.bias is None and lanes(y) and (lanes(dy) or dy.stride(-1) == 1)):  # rows of dy may lie otherwise
         dy, y = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (dy, y))
     dx = _fresh(y)
-    dbias = None if extras.bias is None else torch.zeros(extras.bias.shape, dtype=lse_dtype(y))
+    dbias = None if extras.bias is None else y.new_zeros(extras.bias.shape, dtype=lse_dtype(y))
     _cpu.softmax_backward(dy, y, dx, dbias, spec.scale, spec.log)
     return dx, None if dbias is None else dbias.to(extras.bias.dtype)
 
@@ -218,7 +218,7 @@ def _rows(x):
 
 
 def _cross_entropy_forward(x, target, spec, extras):
-    loss, lse = (torch.empty(x.shape[0], dtype=lse_dtype(x)) for _ in range(2))
+    loss, lse = (x.new_empty(x.shape[0], dtype=lse_dtype(x)) for _ in range(2))
     _cpu.cross_entropy_forward(_rows(x), target, loss, lse, extras.weight, *spec)
     return loss, lse
 
