@@ -10,6 +10,7 @@ and lse = -inf (flash-attn: +inf).
 import torch
 from torch import Tensor
 
+from . import arguments
 from .functional import attention, attention_decode, attention_varlen
 
 
@@ -127,10 +128,13 @@ def flash_attn_with_kvcache(
     if k is not None and cache_seqlens is None:
         raise ValueError("cache_seqlens: says where in the cache k and v go, got None")
     capacity = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+    if isinstance(cache_seqlens, int) and cache_seqlens < 0:
+        raise ValueError(f"cache_seqlens: expected a number of cached entries, got {cache_seqlens}")
     if not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full(
             (B,), capacity if cache_seqlens is None else cache_seqlens, dtype=torch.int32, device=device
         )
+    arguments.lengths(cache_seqlens, "cache_seqlens", q, B)  # before the cache is written
     if rotary_cos is not None:
         moving = causal or tuple(window_size) != (-1, -1)
         q = _rotate(q, cache_seqlens, rotary_cos, rotary_sin, rotary_interleaved, moving)

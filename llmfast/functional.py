@@ -52,7 +52,8 @@ def attention(
     Returns:
         o (B, H, Nq, Dv) in q's dtype, its dimensions in memory in q's order; with return_lse also lse (B, H, Nq), the
         natural log of each row's denominator, float32 (float64 for float64), differentiable. A row that sees no key
-        gives o = 0, lse = -inf and zero gradients.
+        gives o = 0, lse = -inf and zero gradients. Hidden keys may hold anything finite; a NaN or inf in v spoils
+        rows that don't see it too, as 0 * NaN is NaN.
 
     Raises:
         TypeError, ValueError: a wrong type; shapes, dtypes, devices or options that contradict each other.
@@ -117,13 +118,9 @@ def scaled_dot_product_attention(
         o = cpu.attention_fast(query, key, value, causal, scale, enable_gqa, None, 0.0, mask, bias, None, None, None)
         if o is not None:
             return o
-    if not (query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]):
+    alike = query.dim() == key.dim() == value.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]
+    if not alike or key.shape[1] != value.shape[1] or not (enable_gqa or key.shape[1] in (1, query.shape[1])):
         return _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    H, Hk = query.shape[1], key.shape[1]
-    if Hk != H and not enable_gqa and Hk != 1:
-        raise ValueError(
-            f"key: has {Hk} heads and query {H}; enable_gqa=True shares each key head among H / Hk queries"
-        )
     return attention(
         query,
         key,
@@ -137,24 +134,41 @@ def scaled_dot_product_attention(
 
 
 def _any_rank(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
-    """Brings inputs of any rank, or with broadcast leading dimensions, to four dimensions and back."""
+    """Brings inputs of any rank, or with broadcast leading dimensions or heads, to four dimensions and back."""
     rank = max(query.dim(), key.dim(), value.dim())
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2:
             raise ValueError(f"{name}: expected at least 2 dimensions (..., N, D), got shape {tuple(t.shape)}")
     full = lambda t: t[(None,) * (max(rank, 4) - t.dim())]
-    if rank == 3:
+    batched = rank == 3 and not enable_gqa  # of GQA the third dimension from the end is heads
+    if batched:
         full = lambda t: t[(None,) * (3 - t.dim())].unsqueeze(1)
-    q, k, v = full(query), full(key), full(value)
+    q, k, v = _heads(full(query), full(key), full(value), enable_gqa)
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    flat = lambda t: t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:])
+    flat = lambda t: t.expand(*lead, *t.shape[-3:]).reshape(math.prod(lead), *t.shape[-3:])
     mask = attn_mask
     if mask is not None and rank != 4 and mask.dim() > 2:
-        mask = full(mask)
-        mask = mask.expand(*lead, *mask.shape[-3:]).reshape(-1, *mask.shape[-3:])
+        mask = flat(full(mask))
     o = scaled_dot_product_attention(flat(q), flat(k), flat(v), mask, dropout_p, is_causal, scale, enable_gqa)
     o = o.reshape(*lead, *o.shape[-3:])
-    return o.squeeze(1) if rank == 3 else o.reshape(o.shape[-rank:]) if rank < 4 else o
+    return o.squeeze(1) if batched else o.reshape(o.shape[-rank:]) if rank < 4 else o
+
+
+def _heads(q, k, v, enable_gqa):
+    """k and v with one number of heads, which attention shares among q's."""
+    H, Hk, Hv = (t.shape[-3] for t in (q, k, v))
+    if enable_gqa:
+        if Hk != Hv and not any(n == 0 or H % n for n in (Hk, Hv)):
+            k, v = (t.repeat_interleave(H // t.shape[-3], -3) for t in (k, v))
+        return q, k, v
+    n = next((n for n in (H, Hk, Hv) if n != 1), 1)
+    if any(heads not in (1, n) for heads in (H, Hk, Hv)):
+        raise ValueError(
+            f"key, value: have {Hk} and {Hv} heads and query {H}; enable_gqa=True shares "
+            "each key head among H / Hk queries"
+        )
+    grow = lambda t: t.expand(*t.shape[:-3], n, *t.shape[-2:])
+    return q if n == H else grow(q), *((k, v) if Hk == Hv else (grow(k), grow(v)))
 
 
 def attention_varlen(
@@ -253,6 +267,8 @@ def attention_decode(
         if page_table.dim() != 2 or page_table.shape[0] != B or page_table.dtype != torch.int32:
             raise ValueError(f"page_table: expected ({B}, pages) int32, got {arguments.say(page_table)}")
         arguments.same_device(page_table, "page_table", q)
+        if k_cache.shape[0] == 0:  # no page to point at: no keys
+            page_table = page_table[:, :0]
         Nk *= page_table.shape[1]
     extras = Extras(
         mask=arguments.mask_of(mask, (B, H, Nq, Nk), q),

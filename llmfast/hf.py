@@ -18,6 +18,9 @@ from .functional import attention, attention_varlen, attention_weights
 def enable_hf(name: str = "llmfast") -> None:
     """Registers llmfast with transformers' attention and mask interfaces; calling it again changes nothing.
 
+    Models that compute attention in code of their own (Bloom, MPT, GPT-J, Falcon, RoFormer, DeBERTa) keep it, and
+    transformers doesn't say so: `model.config._attn_implementation` is "llmfast" where llmfast is asked.
+
     Raises:
         ImportError: transformers is not installed or is older than version 5.
 

@@ -46,7 +46,8 @@ def sdpa() -> Iterator[None]:
         with _lock:
             _depth -= 1
             if _depth == 0:
-                F.scaled_dot_product_attention = _original
+                if F.scaled_dot_product_attention is scaled_dot_product_attention:  # not what others put there inside
+                    F.scaled_dot_product_attention = _original
                 torch.backends.mha.set_fastpath_enabled(_fastpath)
 
 

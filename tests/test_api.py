@@ -129,7 +129,16 @@ SHAPES += [
     ((2, 3, 7, 8), (2, 1, 9, 8), (2, 1, 9, 8)),
     ((2, 3, 7, 8), (1, 3, 9, 8), (1, 3, 9, 8)),
     ((1, 3, 0, 8), (1, 3, 4, 8), (1, 3, 4, 8)),
+    ((2, 1, 7, 8), (2, 4, 9, 8), (2, 4, 9, 8)),
+    ((2, 4, 7, 8), (2, 4, 9, 8), (2, 1, 9, 5)),
+    ((2, 4, 7, 8), (2, 1, 9, 8), (1, 4, 9, 5)),
+    ((5, 2, 1, 7, 8), (2, 4, 9, 8), (5, 1, 4, 9, 8)),
 ]
+for lead in ((), (3,), (2, 5, 3), (0,), (2, 0, 3)):  # nothing in one dimension or another
+    SHAPES += [
+        tuple((*lead, *t) for t in shapes)
+        for shapes in (((0, 8), (7, 8), (7, 8)), ((7, 8), (0, 8), (0, 8)), ((5, 8), (7, 8), (7, 0)))
+    ]
 
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}], ids=str)
@@ -139,6 +148,29 @@ def test_sdpa_means_what_pytorchs_does(shapes, options):
     torch.testing.assert_close(
         llmfast.scaled_dot_product_attention(q, k, v, **options), F.scaled_dot_product_attention(q, k, v, **options)
     )
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((4, 5, 8), (2, 7, 8), (2, 7, 8)),
+        ((4, 5, 8), (1, 7, 8), (2, 7, 6)),
+        ((2, 4, 5, 8), (2, 2, 7, 8), (2, 1, 7, 8)),
+        ((3, 2, 4, 5, 8), (3, 2, 2, 7, 8), (3, 2, 2, 7, 8)),
+    ],
+    ids=str,
+)
+def test_sdpa_shares_heads_as_pytorch_does(shapes):
+    q, k, v = (torch.randn(s, requires_grad=True) for s in shapes)
+    mask = torch.rand(5, 7) > 0.3
+    for options in ({}, dict(is_causal=True), dict(attn_mask=mask)):
+        got, want = (
+            f(q, k, v, enable_gqa=True, **options)
+            for f in (llmfast.scaled_dot_product_attention, F.scaled_dot_product_attention)
+        )
+        torch.testing.assert_close(got, want)
+        for a, b in zip(*(torch.autograd.grad(o.square().sum(), (q, k, v)) for o in (got, want)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("shape", [(7, 9), (1, 9), (3, 7, 9), (2, 1, 7, 9), (2, 3, 7, 9)], ids=str)

@@ -54,6 +54,17 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_decode_without_pages_has_no_keys(backend):
+    pages, table = torch.randn(0, 4, 16, 64), torch.zeros(1, 4, dtype=torch.int32)
+    lengths = torch.tensor([64], dtype=torch.int32)
+    o, lse = llmfast.attention_decode(
+        torch.randn(1, 4, 1, 64), pages, pages, lengths, page_table=table, return_lse=True, backend=backend
+    )
+    assert not o.any()
+    assert (lse == -torch.inf).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(("H", "Hk", "Nq"), [(8, 1, 1), (6, 2, 3), (4, 4, 16), (12, 2, 1)])
 @pytest.mark.parametrize("paged", [False, True], ids=["whole", "pages"])

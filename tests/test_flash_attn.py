@@ -200,6 +200,11 @@ def test_refuses():
         (lambda: fa.flash_attn_kvpacked_func(q, q[:, :, None]), "kv: expected 5 dimensions"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q), "k, v: give both"),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, q, q), "cache_seqlens: says where"),
+        (lambda: fa.flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=-1), "cache_seqlens: expected a number"),
+        (
+            lambda: fa.flash_attn_with_kvcache(q, q, q, q, q, cache_seqlens=table[0, :1].expand(7)),
+            "cache_seqlens: expected shape",
+        ),
         (lambda: fa.flash_attn_with_kvcache(q, q, q, rotary_cos=cos, rotary_sin=cos), "rotary_cos: needs k and v"),
         (
             lambda: fa.flash_attn_with_kvcache(q, q, q, block_table=table, cache_leftpad=table[:, 0]),
@@ -209,6 +214,13 @@ def test_refuses():
     for call, message in bad:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_refuses_before_it_writes():
+    q, cache, new = torch.randn(B, 1, H, D), torch.zeros(B, 8, H, D), torch.ones(B, 1, H, D)
+    with pytest.raises(TypeError, match="cache_seqlens: expected int32"):
+        fa.flash_attn_with_kvcache(q, cache, cache, new, new, cache_seqlens=torch.zeros(B, dtype=torch.int64))
+    assert not cache.any()
 
 
 def test_a_row_that_sees_nothing():

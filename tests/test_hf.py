@@ -4,6 +4,7 @@ models.
 
 import os
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -180,9 +181,13 @@ def inputs(name, padding=None):
 
 
 def run(model, implementation, given, **options):
+    """What the model gives; that it asked llmfast, where it should, is seen too: some only say that they do."""
     model.set_attn_implementation(implementation)
-    with torch.no_grad():
-        return model(**given, **options)
+    spies = [mock.patch.object(hf, name, wraps=getattr(hf, name)) for name in ("attention", "attention_varlen")]
+    with torch.no_grad(), spies[0] as whole, spies[1] as packed:
+        out = model(**given, **options)
+    assert (whole.called or packed.called) == implementation.startswith("llmfast")
+    return out
 
 
 def logits(out):

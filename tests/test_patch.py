@@ -320,3 +320,13 @@ def test_no_registry(monkeypatch):
     monkeypatch.delattr(torch.nn.attention, "register_flash_attention_impl", raising=False)
     with pytest.raises(NotImplementedError, match=r"use `with llmfast.sdpa\(\)`"):
         llmfast.register_flash()
+
+
+def test_leaves_what_others_put_there_inside():
+    other = lambda *args, **options: None
+    with llmfast.sdpa():
+        F.scaled_dot_product_attention = other
+    try:
+        assert F.scaled_dot_product_attention is other
+    finally:
+        F.scaled_dot_product_attention = ORIGINAL
