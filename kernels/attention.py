@@ -164,6 +164,8 @@ def forward(q, k, v, o, lse, spec, extras):
     block_m, block_n, num_warps, num_stages = tile("fwd", max(D, Dv), q.dtype)
     if extras.packed and max(D, Dv) > 128:
         block_n = min(block_n, 32)  # where a sequence starts and ends takes registers: 64 x 64 spills 32 B on sm_90
+    if extras.mask is not None and extras.bias is not None and extras.bias.itemsize > q.itemsize:
+        num_stages = max(1, num_stages - 1)  # both are staged too: 104 of sm_120's 99 KiB in two stages at D = 128
     tiles = triton.cdiv(Nq, block_m) + (B if extras.packed else 0)
     heads, chunks = H if extras.packed else B * H, max(1, triton.cdiv(Dv, 256))
     if Nq * heads * B == 0:

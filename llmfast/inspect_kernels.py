@@ -70,6 +70,9 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS))
             extras = Extras(
                 torch.empty(1, 1, 256, 256, dtype=torch.bool), bias, torch.empty(4), torch.empty(4), torch.tensor(0)
             )
+        if option == "wide-bias":
+            mask = torch.empty(1, 1, 256, 256, dtype=torch.bool)
+            extras = Extras(mask, torch.empty(1, 4, 256, 256, dtype=torch.float32))
         if option == "packed":
             cu_seqlens = torch.empty(3, dtype=torch.int32)
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
@@ -221,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels, by nvcc, all of them, not Triton's")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
-    choices = ("causal", "tma", "everything", "packed", "decode", *ROWS)
+    choices = ("causal", "tma", "everything", "wide-bias", "packed", "decode", *ROWS)
     parser.add_argument(
         "--option", nargs="+", default=("causal", "tma", *ROWS), choices=choices, help="what to compile"
     )

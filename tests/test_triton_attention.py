@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import device_of, run_or_skip
+from test_attention import device_of, run_or_skip, triton_or_skip
 
 import llmfast
 from llmfast import cases
@@ -27,6 +27,29 @@ def test_double_backward(name):
     truth, near = second(p.to(torch.float64), "reference"), second(p, "reference")
     for n, got in second(p, "triton").items():
         assert cases.breaks(n, got, truth[n], [near[n]], cases.C_GRADIENT, got.dtype, by_head=False) == []
+
+
+def test_a_float64_bias_reaches_no_kernel(monkeypatch):
+    """Its tiles of 8 bytes an element would be over shared memory; its gradient is float64 all the same."""
+    from llmfast.kernels import attention, attention_backward, decode
+
+    triton_or_skip()
+    seen, strides = [], attention.strides
+    for kernels in (attention, attention_backward, decode):
+        monkeypatch.setattr(kernels, "strides", lambda e, shape: seen.append(e.bias.dtype) or strides(e, shape))
+    q, bias = (torch.randn(n, generator=torch.Generator().manual_seed(0)) for n in ((1, 2, 20, 16), (20, 20)))
+    q, bias = q.to(device_of("triton")), bias.to(device_of("triton"))
+    found = []
+    for b in (bias, bias.double()):
+        b.requires_grad_()
+        o = llmfast.attention(q, q, q, bias=b, backend="triton")
+        few = llmfast.attention(q[:, :, :2], q, q, bias=b.detach()[:2], backend="triton")
+        found.append((o, few, *torch.autograd.grad(o.square().sum(), b)))
+    assert set(seen) == {torch.float32}
+    assert len(seen) == 6
+    assert found[1][2].dtype == torch.float64
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b.float(), atol=0, rtol=1e-6)
 
 
 SWITCHES = {

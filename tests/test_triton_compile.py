@@ -29,6 +29,7 @@ SHORT = [
     ("sm_80", 0, "bf16", "cross_entropy"),
     ("sm_90", 0, "bf16", "softmax"),
     ("gfx942", 128, "bf16", "everything"),
+    ("sm_120", 128, "bf16", "wide-bias"),
 ]
 LONG = [
     (a, d, t, o)
@@ -37,6 +38,7 @@ LONG = [
     for o in ("causal", "decode", "packed", "everything", *ROWS)
     for d in ((0,) if o in ROWS else (64, 128, 256))
 ]
+LONG += [(a, d, "bf16", "wide-bias") for a in SHARED for d in (64, 128, 256)]
 LONG += [(a, d, "bf16", "tma") for a, widest in TMA.items() for d in (64, 128, 256) if d <= widest]
 LONG += [(a, 128, "fp16", "causal") for a in SHARED] + [("sm_90", 128, "fp16", "tma")]  # the tiles are those of bf16
 for arch in SHARED:
@@ -85,7 +87,7 @@ def check(found, arch, D, dtype, option):
         assert any(c.kernel == "attention_fwd_tma" for c in found)
     for c in found:
         assert c.faults() == [], str(c)
-        hard = option == "everything" or (dtype == "fp32" and D == 256)
+        hard = option in ("everything", "wide-bias") or (dtype == "fp32" and D == 256)
         bound = WITH_OPTIONS if hard else SPILLS.get(c.kernel, 16)
         assert c.spills <= bound or D > 256, str(c)  # by 256 columns at a time: right, and it fits
         if c.kernel == "attention_fwd_tma":

@@ -81,6 +81,12 @@ def _rows(t):
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _narrow(extras):
+    """A float64 bias as float32, as which the kernels add it: tiles of 8 bytes an element are over shared memory."""
+    wide = extras.bias is not None and extras.bias.dtype is torch.float64
+    return extras._replace(bias=extras.bias.float()) if wide else extras
+
+
 def _attention_forward(q, k, v, spec, extras, need_lse=True):
     if extras.seqlens_k is not None:
         return _attention_decode(q, k, v, spec, extras, need_lse)
@@ -96,7 +102,7 @@ def _attention_forward(q, k, v, spec, extras, need_lse=True):
         if need_lse:
             lse.fill_(float("-inf"))
     with _on(q):
-        kernels.forward(q, k, v, o, lse, spec, extras)
+        kernels.forward(q, k, v, o, lse, spec, _narrow(extras))
     return o, lse
 
 
@@ -107,7 +113,7 @@ def _attention_decode(q, k, v, spec, extras, need_lse=True):
     o = like(q, v.shape[-1])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
     with _on(q):
-        kernels.forward(q, k, v, o, lse, spec, extras)
+        kernels.forward(q, k, v, o, lse, spec, _narrow(extras))
     return o, lse
 
 
@@ -120,7 +126,7 @@ def _attention_backward(do, q, k, v, o, lse, delta, spec, extras):
         new(q), new(k), new(v), *(None if t is None else torch.zeros_like(t) for t in (extras.bias, extras.sinks))
     )
     with _on(q):
-        kernels.backward(do, q, k, v, lse.contiguous(), delta.contiguous(), *grads, spec, extras)
+        kernels.backward(do, q, k, v, lse.contiguous(), delta.contiguous(), *grads, spec, _narrow(extras))
     return grads
 
 
