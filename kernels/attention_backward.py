@@ -38,6 +38,8 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
     batch, more = (1, B) if extras.packed else (B, 0)
     if B * H * Nk > 0:
         block_m, block_n, num_warps, num_stages = tile("dkdv", max(D, Dv), q.dtype)
+        if extras.bias is not None and extras.bias.itemsize > q.itemsize:
+            block_n = min(block_n, 64)  # 64 x 128 of a float32 bias and a mask spill 1088 B on sm_90
         tiles = triton.cdiv(Nk, block_n) + more
         attention_bwd_dkdv[(tiles * batch * Hk * chunks,)](
             do, q, k, v, lse, delta, dk, dv, *common, tiles, *numbers(spec),

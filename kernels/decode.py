@@ -47,6 +47,8 @@ def forward(q, k, v, o, lse, spec, extras):
         most = max(16, most // 2)  # 32 rows of 128 spill 360 B on sm_120
     block_m = min(max(16, triton.next_power_of_2(rows)), most)
     block_n, num_warps, num_stages = tile(wide, q.dtype)
+    if extras.mask is not None or extras.bias is not None:
+        num_stages = min(num_stages, 2)  # staged too: 120 KiB of sm_120's 99 in three with 64 rows at D = 128
     tiles, splits = triton.cdiv(rows, block_m), max(1, triton.cdiv(M, SPLIT))
     parts = torch.empty(splits, B, H, Nq, Dv, dtype=torch.float32, device=q.device)
     logs = torch.empty(splits, B, H, Nq, dtype=torch.float32, device=q.device)

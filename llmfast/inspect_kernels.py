@@ -32,6 +32,13 @@ ROWS = ("softmax", "cross_entropy")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def architecture(name: str) -> str:
+    """Any GPU that Triton may know, listed or not."""
+    if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is no architecture: sm_90 and gfx942 are")
+    return name
+
+
 @contextmanager
 def products(name: str):
     """Inside, PyTorch's switch for float32 products is on where `name`, one of DTYPES, is tf32."""
@@ -73,6 +80,9 @@ def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS))
         if option == "wide-bias":
             mask = torch.empty(1, 1, 256, 256, dtype=torch.bool)
             extras = Extras(mask, torch.empty(1, 4, 256, 256, dtype=torch.float32))
+            few, lengths = Extras(*(t[:, :, :32] for t in extras[:2])), torch.empty(1, dtype=torch.int32)
+            few = few._replace(seqlens_k=lengths)
+            decode.forward(q[:, :, :32], k, k, o[:, :, :32], None, spec, few)
         if option == "packed":
             cu_seqlens = torch.empty(3, dtype=torch.int32)
             extras = Extras(cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
@@ -139,8 +149,8 @@ def driver_for(arch: str) -> "CompileOnly":
     import triton
     from triton.backends.compiler import GPUTarget
 
-    target = ("hip", arch, 64) if arch.startswith("gfx") else ("cuda", int(arch.removeprefix("sm_")), 32)
-    driver = CompileOnly(GPUTarget(*target))
+    amd, lanes = arch.startswith("gfx"), 64 if arch.startswith("gfx9") else 32
+    driver = CompileOnly(GPUTarget("hip", arch, lanes) if amd else GPUTarget("cuda", int(arch.removeprefix("sm_")), 32))
     triton.runtime.driver.set_active(driver)
     return driver
 
@@ -219,7 +229,7 @@ def _read_amd(name, binary, metadata, problem, arch):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="llmfast inspect", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", nargs="+", choices=ARCHS, help="GPU architectures (default: all)")
+    parser.add_argument("--arch", nargs="+", type=architecture, help=f"sm_* or gfx* (default: {' '.join(ARCHS)})")
     parser.add_argument("--kernel", default="", help="part of a kernel's name")
     parser.add_argument("--cuda", action="store_true", help="the CUDA kernels, by nvcc, all of them, not Triton's")
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")

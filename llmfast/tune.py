@@ -1,8 +1,9 @@
 """`llmfast tune`: measures the tiles of every Triton kernel on the GPU that is there and keeps the best in a table.
 
-Candidates that don't fit the GPU's shared memory, or spill more than the tile that is built in, are told by compiling
-and never timed. The others take turns, call by call; the median decides, among those whose result is right by the rule
-of llmfast.cases. backends/triton.py reads the table at import; nothing is ever measured in a user's call.
+Candidates that don't fit the GPU's shared memory with any option, or spill more than the tile that is built in, are
+told by compiling and never timed. The others take turns, call by call; the median decides, among those whose result is
+right by the rule of llmfast.cases. backends/triton.py reads the table at import; nothing is ever measured in a user's
+call.
 --dry-run compiles only: it needs no GPU.
 
 >>> python -m llmfast tune --dry-run --arch sm_90 --kernel fwd_tma --size 128
@@ -26,8 +27,8 @@ import torch
 from . import cases
 from .backends import reference
 from .environment import tiles_path
-from .inspect_kernels import ARCHS, DTYPES, driver_for, products, read
-from .machine_code import SHARED
+from .inspect_kernels import DTYPES, architecture, driver_for, products, read
+from .machine_code import SHARED, listed
 from .spec import (
     NO_CROSS_ENTROPY_EXTRAS,
     NO_EXTRAS,
@@ -164,6 +165,34 @@ def _on_heads(name, D, rand, small):
     return Problem(run, lambda: {n: t[first] for n, t in outputs.items()}, truth)
 
 
+def hardest(name: str, D: int, dtype: str) -> list[Callable[[], object]]:
+    """Calls of an attention launcher that ask for the most shared memory: a mask and a bias, of either width, and in
+    decode as many rows as a tile takes.
+    """
+    from .kernels import attention, attention_backward, decode
+
+    N, wide = 128, torch.float32
+    q, lse, mask = torch.empty(1, 2, N, D, dtype=DTYPES[dtype]), torch.empty(1, 2, N), torch.empty(1, 1, N, N).bool()
+    spec, lengths = AttentionSpec(1.0, right=0), torch.empty(1, dtype=torch.int32)
+
+    def call(mask, bias):
+        extras = Extras(mask, bias)
+        if name == "decode":
+            few = lambda t: None if t is None else t[:, :, :64]
+            extras = Extras(few(mask), few(bias), seqlens_k=lengths)
+            decode.forward(few(q), q, q, few(q), None, spec, extras)
+        elif name == "fwd":
+            attention.forward(q, q, q, q, lse, spec, extras)
+        else:
+            attention_backward.backward(q, q, q, q, lse, lse, q, q, q, None, None, spec, extras)
+
+    if name not in ("fwd", "dkdv", "dq", "decode"):
+        return []
+    options = [(mask, torch.empty(1, 2, N, N, dtype=t)) for t in dict.fromkeys((q.dtype, wide))]
+    options += [(None, torch.empty(1, 2, N, N, dtype=wide))]
+    return [lambda o=o: call(*o) for o in options]
+
+
 def _on_rows(name, N, rand, small):
     from .kernels import cross_entropy, softmax
 
@@ -219,21 +248,26 @@ def figures(arch: str, name: str, size: int, dtype: str) -> Iterator[Figures]:
     from .kernels import attention
 
     driver, kernel, built_in = driver_for(arch), KERNELS[name], None
-    work = problem(name, size, dtype, small=True)
-    for tile in (None, *kernel.candidates(size)):
-        if arch.startswith("gfx") and tile and 32 in tile[2:3]:  # warps of 64 lanes: 1024 threads are 16
-            continue
+    limit, work = SHARED[listed(arch)], problem(name, size, dtype, small=True)
+
+    def compiled(run):
         driver.forget()
         with trying(attention, name, size, dtype, tile):
-            work.run()
-        found = [c for c in (read(*f, dtype, arch) for f in driver.launched if f[0].startswith(kernel.name))]
-        most = max(found, key=lambda c: (c.spills, c.shared))
-        limit, why_not = SHARED.get(arch, min(SHARED.values())), None
-        built_in = built_in or most
+            run()
+        return [f for f in driver.launched if f[0].startswith(kernel.name)]
+
+    for tile in (None, *kernel.candidates(size)):
+        if arch.startswith("gfx9") and tile and 32 in tile[2:3]:  # warps of 64 lanes: 1024 threads are 16
+            continue
+        most = max((read(*f, dtype, arch) for f in compiled(work.run)), key=lambda c: (c.spills, c.shared))
+        built_in, why_not = built_in or most, None
         if most.shared > limit:
             why_not = f"over {limit} B"
         elif most.spills > built_in.spills:
             why_not = "spills"
+        elif tile and (options := hardest(name, size, dtype)):
+            asked = max(f[2].shared for run in options for f in compiled(run))
+            why_not = f"over {limit} B with a mask or bias: {asked}" if asked > limit else None
         yield Figures(name, size, dtype, tile, most.registers, most.spills, most.shared, why_not)
 
 
@@ -331,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
     parser.add_argument("--out", type=Path, help=f"the table to write (default: {tiles_path()})")
     parser.add_argument("--dry-run", action="store_true", help="only compile the candidates and list them: no GPU")
-    parser.add_argument("--arch", choices=ARCHS, default="sm_90", help="with --dry-run: for this GPU")
+    parser.add_argument("--arch", type=architecture, default="sm_90", help="with --dry-run: for this GPU")
     parser.add_argument("--json", action="store_true", help="with --dry-run: a JSON list a line")
     chosen = parser.parse_args(arguments)
     if reason := _cannot(chosen.dry_run):
@@ -361,7 +395,8 @@ def main(arguments: list[str] | None = None) -> int:
                 for row in figures(arch, name, size, dtype):
                     print(json.dumps(row) if chosen.json else f"  {row}", flush=True)
                 continue
-            fit = [f.tile and tuple(f.tile) for f in compiled_elsewhere(arch, name, size, dtype) if not f.why_not]
+            rows = compiled_elsewhere(arch, name, size, dtype)
+            fit = [None, *(tuple(f.tile) for f in rows if f.tile and not f.why_not)]
             found = measure(name, size, dtype, fit, on_gpu)
             print(*(f"  {row}" for row in found), sep="\n", flush=True)
             with trying(attention, name, size, dtype, None) as key:

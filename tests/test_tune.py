@@ -218,6 +218,46 @@ def test_lists_candidates_without_a_gpu(arguments):
     assert lines[0].endswith("shared")  # what is built in is no candidate to be refused
 
 
+OPTIONS_DO_NOT_FIT = """
+from llmfast import tune
+kernel = tune.KERNELS["fwd"]
+tune.KERNELS["fwd"] = kernel._replace(candidates=lambda D: [(128, 64, 8, 3)])
+print(*(f.why_not for f in tune.figures("sm_89", "fwd", 128, "bf16")), sep="\\n")
+"""
+
+
+@cache
+def told(code):
+    environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("code", [pytest.param(OPTIONS_DO_NOT_FIT, marks=jobs.job(told, OPTIONS_DO_NOT_FIT), id="fwd")])
+def test_a_tile_must_fit_with_every_option(code):
+    """96 KiB without a mask and a bias, of 99; on a GPU that has no list of its own."""
+    done = jobs.result(told, code)
+    assert done.stdout.splitlines() == ["None", "over 101376 B with a mask or bias: 163840"], done.stderr[-3000:]
+
+
+def test_any_architecture_is_taken_and_the_built_in_tile_stays(tmp_path, monkeypatch):
+    from llmfast.kernels import attention
+
+    monkeypatch.setattr(tune, "_cannot", lambda dry_run: None)
+    for arch in ("sm_86", "sm_89", "sm_103", "gfx90a"):
+        seen = []
+        monkeypatch.setattr(attention, "target", lambda arch=arch: arch)
+        monkeypatch.setattr(tune.torch.cuda, "get_device_name", lambda: "a GPU")
+        over = tune.Figures("fwd", 64, "bf16", None, 255, 0, 10**6, "over 101376 B")
+        monkeypatch.setattr(tune, "compiled_elsewhere", lambda *a, f=over: [f, f._replace(tile=[64, 32, 4, 2])])
+        monkeypatch.setattr(tune, "measure", lambda *a, s=seen: s.append(a[3]) or [Measured(None, 1.0, 0.0, 0.0, [])])
+        assert main(["--kernel", "fwd", "--size", "64", "--out", str(tmp_path / arch)]) == 0
+        assert seen == [[None]]
+        assert tune.architecture(arch) == arch
+    with pytest.raises(SystemExit):
+        main(["--dry-run", "--arch", "h100"])
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("arguments", [pytest.param(WIDE, marks=jobs.job(listed, *WIDE))])
 def test_what_does_not_fit_is_never_timed(arguments):
