@@ -186,7 +186,7 @@ def attention_fwd(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FLOAT32: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = (Dv + BLOCK_DV - 1) // BLOCK_DV
+    CHUNKS: tl.constexpr = max(1, (Dv + BLOCK_DV - 1) // BLOCK_DV)
     chunk, pid = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     b, h, seq, tile, q0, k0, nq, nk = locate(extras, extras.cu_seqlens_q, Nq, BLOCK_M, pid, tiles, B, H, Nq, Nk)
     tile = tl.cdiv(nq, BLOCK_M) - 1 - tile  # under causal the longest rows start first

@@ -31,12 +31,14 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
     """Fills the gradients given; dbias and dsinks may be None. Packed: rows of no sequence stay as they are."""
     B, H, Nq, Nk = sizes(q, k, extras)
     D, Dv, Hk = q.shape[3], v.shape[3], k.shape[1]
+    if H == 0:
+        return
     shape = dict(D=D, Dv=Dv, BLOCK_D=block_d(D), BLOCK_DV=block_d(Dv), **options(spec, q, k))
     chunks = max(triton.cdiv(D, 256), triton.cdiv(Dv, 256), 1)
     rows = (t.stride()[:3] for t in (do, q, k, v, dq, dk, dv))
     common = (extras, *rows, *strides(extras, (B, H, Nq, Nk)), B, H, Nq, Nk)
     batch, more = (1, B) if extras.packed else (B, 0)
-    if B * H * Nk > 0:
+    if B * Nk > 0:
         block_m, block_n, num_warps, num_stages = tile("dkdv", max(D, Dv), q.dtype)
         if extras.bias is not None and extras.bias.itemsize > q.itemsize:
             block_n = min(block_n, 64)  # 64 x 128 of a float32 bias and a mask spill 1088 B on sm_90
@@ -45,7 +47,7 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
             do, q, k, v, lse, delta, dk, dv, *common, tiles, *numbers(spec),
             **shape, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=num_stages,
         )
-    if B * H * Nq > 0:
+    if B * Nq * D > 0:
         block_m, block_n, num_warps, num_stages = tile("dq", max(D, Dv), q.dtype)
         tiles = triton.cdiv(Nq, block_m) + more
         attention_bwd_dq[(tiles * batch * H * triton.cdiv(D, 256),)](
@@ -62,7 +64,7 @@ def backward(do, q, k, v, lse, delta, dq, dk, dv, dbias, dsinks, spec, extras):
             do, q, k, v, lse, delta, dbias, dbias.stride(), (Bb, Hb, Mb, Nb), m_tiles, n_tiles, *common, *numbers(spec),
             **shape, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=num_warps, num_stages=1,
         )
-    if dsinks is not None and H > 0:
+    if dsinks is not None:
         attention_bwd_dsinks[(H,)](extras.sinks, lse, delta, dsinks, q.shape[0], H, Nq, BLOCK=1024)
 
 
@@ -74,7 +76,7 @@ def attention_bwd_dkdv(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    CHUNKS: tl.constexpr = max((D + BLOCK_D - 1) // BLOCK_D, (Dv + BLOCK_DV - 1) // BLOCK_DV)
+    CHUNKS: tl.constexpr = max(1, (D + BLOCK_D - 1) // BLOCK_D, (Dv + BLOCK_DV - 1) // BLOCK_DV)
     chunk, pid = tl.program_id(0) % CHUNKS, tl.program_id(0) // CHUNKS
     b, hk, seq, tile, q0, k0, nq, nk = locate(
         extras, extras.cu_seqlens_k, Nk, BLOCK_N, pid, tiles, B, H // GROUP, Nq, Nk)

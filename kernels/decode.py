@@ -63,7 +63,7 @@ def forward(q, k, v, o, lse, spec, extras):
     )
 
 
-@triton.jit(do_not_specialize=["B", "H", "Nq", "M", "P", "tiles", "splits", "left", "right"])
+@triton.jit(do_not_specialize=["B", "H", "Nq", "M", "P", "page", "tiles", "splits", "stable", "left", "right"])
 def attention_decode(
     q, k, v, parts, logs, extras, sq, sk, sv, smask, sbias, sslope, stable,
     B, H, Nq, M, P, page, tiles, splits, scale, left, right, softcap,

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from test_attention import device_of, triton_or_skip
 
 import llmfast
 from llmfast import cases
@@ -99,23 +100,34 @@ def test_million_keys(keys):
     torch.testing.assert_close(packed, o, atol=1e-5, rtol=1e-5)
 
 
-EMPTY = [shape for shape in itertools.product((0, 2), (0, 2), (0, 5), (0, 7), (0, 8)) if 0 in shape]
+EMPTY = [(*shape, shape[-1]) for shape in itertools.product((0, 2), (0, 2), (0, 5), (0, 7), (0, 8)) if 0 in shape]
+EMPTY += [(2, 2, 5, 7, 8, 0), (2, 2, 5, 7, 0, 8), (2, 2, 20, 70, 300, 0)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_empty_everything(shape, backend):
     """Any size may be zero: results of the right shape, zero where no key is seen, zero gradients."""
-    B, H, Nq, Nk, D = shape
-    q, k, v = torch.randn(B, H, Nq, D), torch.randn(B, H, Nk, D), torch.randn(B, H, Nk, D)
+    if backend == "triton":
+        triton_or_skip()
+    B, H, Nq, Nk, D, Dv = shape
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(*s, generator=g).to(device_of(backend)) for s in ((B, H, Nq, D), (B, H, Nk, D), (B, H, Nk, Dv))
+    )
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     scale = None if D else 1.0
     o, lse = llmfast.attention(q, k, v, scale=scale, return_lse=True, backend=backend)
-    assert o.shape == q.shape
+    assert o.shape == (B, H, Nq, Dv)
     assert lse.shape == (B, H, Nq)
     if Nk == 0:
         assert (o == 0).all()
         assert (lse == float("-inf")).all()
-    for g, t in zip(torch.autograd.grad(o.sum(), (q, k, v)), (q, k, v), strict=True):
+    want, lse_want = llmfast.attention(q, k, v, scale=scale, return_lse=True, backend="reference")
+    torch.testing.assert_close(lse, lse_want)
+    grads, wanted = (
+        torch.autograd.grad(x.sum() + (l[l.isfinite()]).sum(), (q, k, v)) for x, l in ((o, lse), (want, lse_want))
+    )
+    for g, w, t in zip(grads, wanted, (q, k, v), strict=True):
         assert g.shape == t.shape
-        assert g.isfinite().all()
+        torch.testing.assert_close(g, w)
