@@ -54,7 +54,7 @@ def forward(q, k, v, o, lse, spec, extras):
     logs = torch.empty(splits, B, H, Nq, dtype=torch.float32, device=q.device)
     attention_decode[(splits * tiles * B * Hk,)](
         q, k, v, parts, logs, extras, q.stride()[:3], k.stride()[:3], v.stride()[:3], *strides(extras, (B, H, Nq, M)),
-        None if table is None else table.stride(), B, H, Nq, M, P, page, tiles, splits, *numbers(spec)[:4],
+        *((0, 0) if table is None else table.stride()), B, H, Nq, M, P, page, tiles, splits, *numbers(spec)[:4],
         D=D, Dv=Dv, BLOCK_D=block_d, BLOCK_DV=block_dv, BLOCK_M=block_m, SPLIT=SPLIT,
         BLOCK_N=block_n, **options(spec, q, k), num_warps=num_warps, num_stages=num_stages,
     )
@@ -63,9 +63,9 @@ def forward(q, k, v, o, lse, spec, extras):
     )
 
 
-@triton.jit(do_not_specialize=["B", "H", "Nq", "M", "P", "page", "tiles", "splits", "stable", "left", "right"])
+@triton.jit(do_not_specialize=["B", "H", "Nq", "M", "P", "page", "tiles", "splits", "stb", "stp", "left", "right"])
 def attention_decode(
-    q, k, v, parts, logs, extras, sq, sk, sv, smask, sbias, sslope, stable,
+    q, k, v, parts, logs, extras, sq, sk, sv, smask, sbias, sslope, stb, stp,
     B, H, Nq, M, P, page, tiles, splits, scale, left, right, softcap,
     D: tl.constexpr, Dv: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
@@ -95,7 +95,7 @@ def attention_decode(
         if extras.page_table is None:
             block, n = b, j.to(tl.int64)[:, None]
         else:
-            block = tl.load(extras.page_table + b * stable[0] + j // page * stable[1], mask=j < nk, other=0)
+            block = tl.load(extras.page_table + b * stb + j // page * stp, mask=j < nk, other=0)
             block, n = tl.minimum(tl.maximum(block, 0), P - 1).to(tl.int64)[:, None], (j % page).to(tl.int64)[:, None]
         k_tile = tl.load(k + block * sk[0] + hk * sk[1] + n * sk[2] + d, mask=(j < nk)[:, None] & (d < D), other=0.0)
         s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)

@@ -29,6 +29,7 @@ from .machine_code import SHARED, Compiled, instructions
 
 ARCHS = tuple(SHARED)
 ROWS = ("softmax", "cross_entropy")
+OPTIONS = ("causal", "tma", "decode", "everything", *ROWS)
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,7 +51,7 @@ def products(name: str):
         matmul.fp32_precision = before
 
 
-def problems(dims=(64, 128), dtypes=("bf16",), options=("causal", "tma", *ROWS)) -> Iterator[tuple]:
+def problems(dims=(64, 128), dtypes=("bf16",), options=OPTIONS) -> Iterator[tuple]:
     """(name, run): each run calls the launchers of forward and backward for one problem. options: of attention, and
     the operations on rows, which have no head dim.
     """
@@ -235,12 +236,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dim", nargs="+", type=int, default=(64, 128), help="head dims")
     parser.add_argument("--dtype", nargs="+", default=("bf16",), choices=list(DTYPES))
     choices = ("causal", "tma", "everything", "wide-bias", "packed", "decode", *ROWS)
-    parser.add_argument(
-        "--option", nargs="+", default=("causal", "tma", *ROWS), choices=choices, help="what to compile"
-    )
+    parser.add_argument("--option", nargs="+", default=OPTIONS, choices=choices, help="what to compile")
     parser.add_argument("--json", action="store_true", help="a JSON list a line")
     chosen = parser.parse_args(arguments)
-    faults, width, heading = 0, shutil.get_terminal_size().columns, None
+    faults, seen, width, heading = 0, 0, shutil.get_terminal_size().columns, None
     if chosen.cuda:
         if reason := inspect_cuda.cannot(chosen.arch or ()):
             parser.error(reason)
@@ -255,7 +254,9 @@ def main(arguments: list[str] | None = None) -> None:
             if heading != (heading := f"{compiled.arch} {compiled.problem}"):
                 print(heading)
             print(compiled.lines(width), flush=True)
-        faults += len(compiled.faults())
+        faults, seen = faults + len(compiled.faults()), seen + 1
+    if not seen:
+        parser.error(f"no kernel was compiled whose name holds {chosen.kernel!r}")
     sys.exit(faults > 0)
 
 

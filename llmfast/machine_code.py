@@ -10,7 +10,7 @@ SHARED = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376, 
 MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "V_MFMA"}
 ALIKE = {"sm_86": "sm_120", "sm_87": "sm_80", "sm_89": "sm_120", "sm_103": "sm_100"}  # in both respects
 SHOWN = (*dict.fromkeys(MMA.values()), "LDGSTS", "UTMALDG", "UTMASTG", "LDSM", "MUFU", "FFMA", "LDL", "STL")
-TENSOR_CORE = ("attention_decode", "attention_fwd", "attention_fwd_tma", "attention_bwd_dkdv", "attention_bwd_dq")
+TENSOR_CORE = tuple(f"attention_{name}" for name in ("decode", "fwd", "fwd_tma", "bwd_dkdv", "bwd_dq", "bwd_dbias"))
 
 
 def listed(arch: str) -> str:
@@ -38,10 +38,16 @@ class Compiled(NamedTuple):
         if (
             self.kernel in TENSOR_CORE
             and "fp32" not in self.problem
-            and not any(self.instructions[i] for i in MMA.values())
+            and not any(self.instructions[i] for i in self._tensor_core())
         ):
-            found.append("no tensor-core instruction")
+            found.append(f"no {MMA[listed(self.arch)]}")
         return found
+
+    def _tensor_core(self):
+        """Instructions that would do: HMMA too where a product has less than the 64 rows of Hopper's and later."""
+        D = int((re.search(r"D=(\d+)", self.problem) or [0, 0])[1])
+        few = self.kernel == "attention_decode" or (self.kernel == "attention_bwd_dkdv" and D > 128)  # 32 keys
+        return MMA[listed(self.arch)], *(["HMMA"] if few else []), *(["V_WMMA"] if self.arch.startswith("gfx1") else [])
 
     def __str__(self) -> str:
         return f"{self.arch} {self.problem}\n{self.lines(10**6)}"

@@ -170,7 +170,7 @@ MUTANTS = [Mutant(*row) for row in [
     (T_TMA, "mask=rows < Nq)", "mask=rows <= Nq)", "lse of the next head is overwritten"),
     (T_DEC, "tl.maximum(nk - Nq - left, 0)", "tl.maximum(nk - left, 0)", "the window ends early"),
     (T_DEC, "tl.maximum(nk + right, 0)", "tl.maximum(nk + right - 1, 0)", "the newest key is lost"),
-    (T_DEC, "j // page * stable[1]", "j // page", "the page table's strides are not used"),
+    (T_DEC, "j // page * stp", "j // page", "the page table's strides are not used"),
     (T_DEC, "acc = acc * alpha + tl.load(parts", "acc = acc + tl.load(parts", "splits are merged without their maxima"),
     (T_CE, "l_block * tl.exp(m_block - m_safe)", "l_block", "blocks are merged without their maxima"),
     (T_CE, "d += (label_smoothing / V) * (total.to(tl.float32) * p - w)", "d += (label_smoothing / V) * (total.to(tl.float32) * p - 1)", "class weights are forgotten in smoothing"),

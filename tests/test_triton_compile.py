@@ -94,10 +94,8 @@ def check(found, arch, D, dtype, option):
             assert c.instructions["UTMALDG"] >= 5, str(c)  # the copy engine: q, and k and v of two loops
             assert c.instructions["UTMASTG"], str(c)
             assert c.instructions["LDGSTS"] == 0 or option == "everything", str(c)  # sm_100 takes the slope ahead so
-        if c.kernel in TENSOR_CORE and dtype == "fp32":
-            assert not any("MMA" in name or "MFMA" in name for name in c.instructions), str(
-                c
-            )  # ieee: none rounds to tf32
+        if dtype == "fp32" and not arch.startswith("gfx"):  # ieee: NVIDIA's round it to tf32, AMD's take it whole
+            assert not any("MMA" in name for name in c.instructions), str(c)
 
 
 def rows():
@@ -166,7 +164,14 @@ def test_faults_are_told():
     good = Compiled("attention_fwd", "bf16 D=64 causal", "sm_90", 168, 0, 65536, 4, Counter(HGMMA=16))
     assert good.faults() == []
     assert good._replace(shared=240000).faults() == ["240000 bytes of shared memory, sm_90 has 232448"]
-    assert good._replace(instructions=Counter(FFMA=9)).faults() == ["no tensor-core instruction"]
+    assert good._replace(instructions=Counter(FFMA=9)).faults() == ["no HGMMA"]
+    older = good._replace(instructions=Counter(HMMA=16))  # a fifth of the speed
+    assert older.faults() == ["no HGMMA"]
+    assert older._replace(kernel="attention_bwd_dbias").faults() == ["no HGMMA"]
+    assert older._replace(kernel="attention_decode").faults() == []
+    assert older._replace(kernel="attention_bwd_dkdv", problem="bf16 D=256 causal").faults() == []
+    assert older._replace(kernel="attention_bwd_dkdv").faults() == ["no HGMMA"]
+    assert older._replace(arch="sm_89").faults() == []
     assert good._replace(problem="fp32 D=64 causal", instructions=Counter(FFMA=9)).faults() == []
 
 
@@ -197,19 +202,61 @@ def test_new_lengths_and_windows_compile_nothing():
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from llmfast import inspect_kernels
-from llmfast.kernels import attention, attention_tma
-from llmfast.spec import NO_EXTRAS, AttentionSpec
+from llmfast.kernels import attention, attention_backward, attention_tma, decode
+from llmfast.spec import NO_EXTRAS, AttentionSpec, Extras
 
 driver = inspect_kernels.CompileOnly(GPUTarget("cuda", 90, 32))
 triton.runtime.driver.set_active(driver)
-for N, left, right, p in ((64, 2**30, 0, 0.0), (1, 1, 16, 0.0), (65, 16, -1, 0.0), (4096, 0, 1, 0.0)):
-    q = torch.empty(2, 2, N, 64, dtype=torch.bfloat16)
-    for kernels in (attention, attention_tma):
-        kernels.forward(q, q, q, q, torch.empty(2, 2, N), AttentionSpec(0.1, left, right), NO_EXTRAS)
-print(*(name for name, *_ in driver.launched))
+rand = lambda *shape: torch.empty(*shape, dtype=torch.bfloat16)
+
+def both(q, lse, spec, extras):
+    attention.forward(q, q, q, q, lse, spec, extras)
+    attention_backward.backward(q, q, q, q, lse, lse, q, q, q, None, None, spec, extras)
+
+def told():
+    print(*(name for name, *_ in driver.launched))
+    driver.launched = []
+
+windows = ((64, 2**30, 0), (1, 1, 16), (65, 16, -1), (4096, 0, 1))
+for N, left, right in windows:
+    q, lse = rand(2, 2, N, 64), torch.empty(2, 2, N)
+    attention_tma.forward(q, q, q, q, lse, AttentionSpec(0.1, left, right), NO_EXTRAS)
+    both(q, lse, AttentionSpec(0.1, left, right), NO_EXTRAS)
+told()
+for (N, left, right), sequences in zip(windows, (2, 1, 17, 4)):
+    cu = torch.empty(sequences + 1, dtype=torch.int32)
+    packed = Extras(cu_seqlens_q=cu, cu_seqlens_k=cu)
+    both(rand(1, 2, N, 64), torch.empty(1, 2, N), AttentionSpec(0.1, left, right), packed)
+told()
+for N in (16, 32, 1040):  # rows of whole vectors; others compile once more
+    q, mask = rand(2, 2, N, 64), torch.empty(1, 1, N, N, dtype=torch.bool)
+    both(q, torch.empty(2, 2, N), AttentionSpec(0.1), Extras(mask, rand(1, 2, N, N)))
+told()
+lengths, q = torch.empty(2, dtype=torch.int32), rand(2, 2, 1, 64)
+for M, left, right in windows:
+    k, spec = rand(2, 2, M, 64), AttentionSpec(0.1, left, right)
+    decode.forward(q, k, k, q, None, spec, Extras(seqlens_k=lengths))
+told()
+for page, pages in ((64, 1), (16, 16), (1, 33), (7, 8)):
+    k, table = rand(9, 2, page, 64), torch.empty(2, pages, dtype=torch.int32)
+    decode.forward(q, k, k, q, None, AttentionSpec(0.1), Extras(seqlens_k=lengths, page_table=table))
+told()
 """
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout.split() == ["attention_fwd", "attention_fwd_tma"], done.stdout + done.stderr[-3000:]
+    each = "attention_fwd attention_bwd_dkdv attention_bwd_dq"
+    assert done.stdout.splitlines() == [
+        f"attention_fwd_tma {each}", each, each, "attention_decode attention_decode_merge", "attention_decode",
+    ], done.stdout + done.stderr[-3000:]  # fmt: skip
+
+
+def test_a_name_that_no_kernel_bears_is_an_error(monkeypatch, capsys):
+    chosen = []
+    monkeypatch.setattr(inspect_kernels, "inspect", lambda *_, **choice: chosen.append(choice) or iter(()))
+    with pytest.raises(SystemExit) as left:
+        inspect_kernels.main(["--kernel", "decoed"])
+    assert left.value.code == 2
+    assert "no kernel was compiled whose name holds 'decoed'" in capsys.readouterr().err
+    assert {"decode", "everything"} <= set(chosen[0]["options"])
