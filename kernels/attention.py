@@ -41,18 +41,18 @@ TILES = {
         512: ((64, 64, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)),  # 256 columns at a time; dq 128 x 16 spills 360 B
     },
     "sm_100": {
-        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 167 registers; 128 keys fit at 228, in dq at 244
+        64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # dkdv spills 24 B; 128 keys fit in fwd and dq
         128: ((128, 64, 8, 2), (32, 64, 8, 1), (64, 64, 4, 2)),  # two stages in dkdv spill 288 B with Triton 3.6
         256: ((64, 64, 8, 1), (64, 32, 8, 1), (64, 32, 8, 1)),  # fwd: 128 rows spill 184 B, 128 keys 88; 2 stages fit
     },
     "gfx942": {  # 64 KiB; 4 warps may use 512 registers a lane, 8 only 256; its compiler can't stage a bool mask
-        64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),  # 240, 327, 266 registers; 128 keys fit at 246 to 383
-        128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),  # 300, 319 and 363; twice the rows fit at 396 to 453
-        256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),  # 385, 456 and 427; in dkdv 64 keys spill 108 B
+        64: ((128, 64, 4, 1), (64, 64, 4, 1), (128, 64, 4, 1)),  # 240, 337, 266 registers; 128 keys fit at 246 to 383
+        128: ((128, 64, 4, 1), (32, 64, 4, 1), (64, 64, 4, 1)),  # 300, 356 and 363; twice the rows fit at 396 to 453
+        256: ((64, 64, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),  # 385, 446 and 427; in dkdv 64 keys spill 108 B
         512: ((64, 64, 4, 1), (32, 16, 4, 1), (64, 16, 4, 1)),  # 256 columns at a time; 32 keys spill 308 to 660 B
     },
     "gfx942 float32": {256: ((16, 16, 4, 1),) * 3, 128: ((32, 32, 4, 1),) * 3},  # as float32, in warps of 512 registers
-    "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever is not listed
+    "small": {  # 99 KiB of shared memory: sm_86, sm_89, sm_120 and whatever of NVIDIA's is not listed
         64: ((128, 64, 8, 2), (32, 64, 4, 2), (128, 64, 8, 2)),  # 128 keys spill 224 B in dq, 120 in dkdv
         128: ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2)),  # 128 keys spill 224 B, 296 in dkdv; dq 128 x 64 56 B
         256: ((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),  # dkdv with 64 of either is over 99 KiB; fwd 64 keys fit
@@ -73,7 +73,7 @@ TILES = {
         256: ((64, 16, 8, 2), (32, 16, 8, 1), (32, 32, 8, 1)),  # 64 rows in dq and fwd 64 x 32 spill
     },
     "sm_100 tf32": {
-        64: ((128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),  # 223, 169 and 118 registers
+        64: ((128, 64, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2)),  # 223, 255 and 118 registers; dkdv spills 88 B
         128: ((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),  # 128 rows in dq fit too, in 209 KiB
         256: ((64, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),  # 64 rows in dq spill
     },
@@ -97,6 +97,7 @@ TUNED = {}  # (architecture, kernel, size, dtype): what `llmfast tune` measured 
 def arithmetic(dtype):
     """The dtype's name, or tf32 where PyTorch has been told to round float32 products: tensor cores take those."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = tf32 and (target() == "gfx942" or not target().startswith("gfx"))  # gfx90a and gfx950 have no such product
     return "tf32" if tf32 else str(dtype).removeprefix("torch.")
 
 
@@ -117,6 +118,7 @@ def tile(kernel, D, dtype):
         return found
     arch = target()
     if arch != "interpreter":
+        arch = "gfx942" if arch.startswith("gfx") else arch  # only its rows leave a bool mask in one stage
         names = (f"{arch} {kind}", kind) if dtype == torch.float32 else (arch, "small")
         arch = next(name for name in names if name in TILES)
     rows = TILES[arch]

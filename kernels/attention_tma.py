@@ -25,7 +25,7 @@ TILES = {
         256: (128, 32, 8, 2, 1),  # 192 KiB, of which o takes 64; 64 keys would be 256 KiB
     },
     "sm_100": {
-        64: (128, 64, 8, 2, 1),  # 147 registers; 128 keys fit at 235: only that GPU can tell which is faster
+        64: (128, 64, 8, 2, 1),  # 149 registers; 128 keys fit at 235: only that GPU can tell which is faster
         128: (128, 64, 8, 2, 1),  # 128 x 128 spills 304 B
         256: (64, 64, 8, 2, 1),  # 193 KiB: 128 of either, or a third stage, are over 227
     },

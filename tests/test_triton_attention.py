@@ -6,6 +6,7 @@ from test_attention import device_of, run_or_skip, triton_or_skip
 
 import llmfast
 from llmfast import cases
+from llmfast.inspect_kernels import products
 
 
 @pytest.mark.parametrize("name", ["causal fewer keys", "grouped heads"])
@@ -76,3 +77,20 @@ def test_tf32_by_either_switch(switch):
         torch.backends.cuda.matmul.fp32_precision = "none"
     truth = run(p.to(torch.float64), "reference")
     assert cases.breaks("o", o, truth, [near], cases.C_FORWARD, o.dtype) == []
+
+
+def test_gpus_without_a_row(monkeypatch):
+    """AMD's take the rows of gfx942, and no tf32 where there is no such product; what is too old is refused."""
+    from llmfast.kernels import attention
+
+    from llmfast.backends.triton import _too_old
+
+    tiles = {}
+    for arch in ("gfx942", "gfx90a", "gfx1201", "sm_89"):
+        monkeypatch.setattr(attention, "target", lambda arch=arch: arch)
+        with products("tf32"):
+            tiles[arch] = attention.arithmetic(torch.float32), attention.tile("fwd", 128, torch.bfloat16)
+        assert _too_old(arch) is None
+    assert [t for t, _ in tiles.values()] == ["tf32", "float32", "float32", "tf32"]
+    assert tiles["gfx90a"][1] == tiles["gfx1201"][1] == tiles["gfx942"][1] != tiles["sm_89"][1]
+    assert "sm_75 is older than Ampere" in _too_old("sm_75")

@@ -46,6 +46,9 @@ for arch in SHARED:
     LONG += [(arch, 128, "tf32", "decode"), (arch, 64, "tf32", "everything")]
     LONG += [(arch, 512, t, o) for t in ("bf16", "fp32") for o in ("causal", "decode")]
     LONG += [(arch, 512, "bf16", "everything")]
+# GPUs that have no rows of their own
+LONG += [(a, 128, "bf16", "wide-bias") for a in ("sm_86", "sm_89", "sm_103", "gfx90a", "gfx1201")]
+LONG += [("gfx90a", 64, "tf32", "causal")]
 OLDER = [
     ("sm_80", 128, "bf16", "packed"),
     ("sm_90", 64, "bf16", "causal"),

@@ -3,6 +3,7 @@
 import os
 import warnings
 from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -59,6 +60,20 @@ def _refuses(t):
     return None
 
 
+def _too_old(arch):
+    """Why Triton's kernels don't run on a GPU, or None."""
+    old = arch.startswith("sm_") and int(arch.removeprefix("sm_")) < 80
+    return f"{arch} is older than Ampere (sm_80), whose shared memory and tensor cores the tiles need" if old else None
+
+
+@cache
+def _gpu_refuses(device):
+    from ..kernels.attention import target
+
+    with torch.cuda.device(device):
+        return _too_old(target())
+
+
 def _only_named(t, *_):
     return None if t.is_cuda else "the interpreter runs only when backend='triton' is named"
 
@@ -70,6 +85,8 @@ def _on(t):
 
 def _attention_supports(q, k, v, spec, extras):
     if (reason := _refuses(q)) is not None:
+        return reason
+    if q.is_cuda and (reason := _gpu_refuses(q.device)) is not None:
         return reason
     if max(q.shape[-1], v.shape[-1]) > 512:
         return f"head dim {max(q.shape[-1], v.shape[-1])} is over 512"
