@@ -9,7 +9,9 @@ from llmfast import cases
 from llmfast.inspect_kernels import products
 
 
-@pytest.mark.parametrize("name", ["causal fewer keys", "grouped heads"])
+@pytest.mark.parametrize(
+    "name", ["causal fewer keys", "grouped heads", "packed dropout", "sinks, no key", "bias by head", "dropout"]
+)
 def test_double_backward(name):
     """Through recomputation in PyTorch's operations, from the o and lse of the kernels."""
     p = cases.problem(cases.CASES[name], torch.float32, device=device_of("triton"))
@@ -18,7 +20,8 @@ def test_double_backward(name):
     def second(p, backend):
         inputs = {n: t.detach().requires_grad_() for n, t in cases._named(p).items() if t is not None}
         do = p.do.detach().requires_grad_()
-        o = llmfast.attention(**{**p.options, **inputs}, backend=backend)
+        f = llmfast.attention_varlen if "cu_seqlens_q" in p.options else llmfast.attention
+        o = f(**{**p.options, **inputs}, backend=backend)
         grads = torch.autograd.grad(o, list(inputs.values()), do, create_graph=True)
         g = torch.Generator().manual_seed(1)
         flow = [torch.randn(t.shape, generator=g).to(t) for t in grads]

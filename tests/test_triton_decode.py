@@ -80,3 +80,25 @@ def test_many_queries_of_a_large_group():
     )
     got = llmfast.attention(q, k, v, causal=True, backend="triton")
     torch.testing.assert_close(got, llmfast.attention(q, k, v, causal=True, backend="reference"), atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("H", "Hk", "Nq", "M", "D", "Dv", "dtype"),
+    [(4, 2, 2, 300, 310, 99, "fp32"), (2, 1, 3, 300, 99, 310, "bf16"), (8, 1, 16, 300, 64, 64, "bf16")],
+)
+def test_wide_heads_and_many_rows_in_a_window(H, Hk, Nq, M, D, Dv, dtype):
+    """Head dims beyond 256, more than 64 rows; keys left of the window's first tile and past the length hold NaN."""
+    triton_or_skip()
+    g, device, end = torch.Generator().manual_seed(0), device_of("triton"), M - 7
+    q, k, v = (
+        torch.randn(1, h, n, d, generator=g).to(DTYPES[dtype]).to(device)
+        for h, n, d in ((H, Nq, D), (Hk, M, D), (Hk, M, Dv))
+    )
+    lengths = torch.tensor([end], dtype=torch.int32, device=device)
+    call = lambda backend, *ts: llmfast.attention_decode(*ts, lengths, window=100, return_lse=True, backend=backend)
+    (x64, lse64), (math, lse_math) = call("reference", q.double(), k.double(), v.double()), call("reference", q, k, v)
+    for t in (k, v):
+        t[:, :, end:], t[:, :, : end - 100 - Nq - 64] = float("nan"), float("nan")
+    o, lse = call("triton", q, k, v)
+    assert cases.breaks("o", o, x64, [math], cases.C_FORWARD, o.dtype, by_head=False) == []
+    assert cases.breaks("lse", lse, lse64, [lse_math], cases.C_FORWARD, torch.float32, by_head=False) == []
