@@ -117,12 +117,13 @@ def kernels(file: str, arch: str, folder: Path) -> Iterator[tuple[str, Compiled]
     entries = {re.match(r"\s*(\w+)", part)[1]: part for part in ptx.split(".entry")[1:]}
     for part in log.split("Compiling entry function '")[1:]:
         name = part.split("'")[0]
-        registers, spills = (re.search(p, part) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
+        patterns = r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes spill stores"
+        registers, stack, spills = (int(re.search(p, part)[1]) for p in patterns)
         threads = re.search(r"\.maxntid (\d+)", entries[name])
         shared = re.search(r"shared memory: (\d+) bytes", entries[name])
         kernel, arguments = demangled(name)
         if "cluster" in kernel and (arch == "sm_80" or int(shared[1]) > SHARED[arch]):
             continue  # no launcher starts it there
         mix = instructions(code[name]) if name in code else Counter()
-        figures = int(registers[1]), int(spills[1]), int(shared[1]), int(threads[1]) // 32
+        figures = registers, stack, spills, int(shared[1]), int(threads[1]) // 32
         yield name, Compiled(kernel, kernel + arguments, arch, *figures, mix)

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be there: registers, spills, shared memory and instructions.
+"""Compiles every Triton kernel for GPUs that need not be there: registers, stack, shared memory and instructions.
 
 The launchers of kernels/ run as they are, on CPU tensors, with a Triton driver that compiles for a chosen GPU and
 launches nothing: so what is inspected is what a user's call would compile, specialisation and tile table included.
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from . import inspect_cuda
-from .machine_code import SHARED, Compiled, instructions
+from .machine_code import SHARED, Compiled, instructions, spilled
 
 ARCHS = tuple(SHARED)
 ROWS = ("softmax", "cross_entropy")
@@ -211,21 +211,21 @@ def _read(name, binary, metadata, problem, arch):
             subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
         )
         registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage")).groups())
-        mix = instructions(dump("-sass"))
-    return Compiled(name, problem, arch, registers, stack, metadata.shared, metadata.num_warps, mix)
+        code = dump("-sass")
+    figures = registers, stack, spilled(code), metadata.shared, metadata.num_warps
+    return Compiled(name, problem, arch, *figures, instructions(code))
 
 
 def _read_amd(name, binary, metadata, problem, arch):
-    """The same from the assembly that Triton keeps beside the machine code; spills are bytes of scratch a lane."""
+    """The same from the assembly that Triton keeps beside the machine code; the stack is scratch, of each lane."""
     from triton.runtime.cache import get_cache_manager
 
     text = Path(get_cache_manager(metadata.hash).get_file(f"{name}.amdgcn")).read_text()
-    registers, spills = (
-        int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in ("vgpr_count", "private_segment_fixed_size")
-    )
+    fields = "vgpr_count", "private_segment_fixed_size", "vgpr_spill_count"
+    registers, stack, spills = (int(re.search(rf"\.{field}:\s+(\d+)", text)[1]) for field in fields)
     names = re.findall(r"^\s+([a-z]+_[a-z]+)", text, re.MULTILINE)
     count = Counter(n.upper() for n in names)
-    return Compiled(name, problem, arch, registers, spills, metadata.shared, metadata.num_warps, count)
+    return Compiled(name, problem, arch, registers, stack, 4 * spills, metadata.shared, metadata.num_warps, count)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,12 +19,13 @@ def listed(arch: str) -> str:
 
 
 class Compiled(NamedTuple):
-    """One kernel for one GPU. spills: bytes of registers kept in local memory, loaded and stored by LDL and STL."""
+    """One kernel for one GPU. stack: bytes of local memory a thread has; spills: those of them that hold registers."""
 
     kernel: str
     problem: str
     arch: str
     registers: int
+    stack: int
     spills: int
     shared: int
     warps: int
@@ -56,13 +57,21 @@ class Compiled(NamedTuple):
         """The figures, and what instructions there are behind them or, where the width ends, below; faults last."""
         figures = (
             f"  {self.kernel:22s} {self.warps:2d} warps {self.registers:3d} registers "
-            f"{self.spills:5d} B spilled {self.shared:6d} B shared"
+            f"{self.stack:5d} B stack {self.shared:6d} B shared"
         )
-        mix = " ".join(f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name])
+        mix = [f"{name}:{self.instructions[name]}" for name in SHOWN if self.instructions[name]]
+        mix = " ".join([*mix, *([f"spilled:{self.spills}B"] if self.spills else [])])
         whole = dict(break_long_words=False, break_on_hyphens=False)
         below = textwrap.TextWrapper(width, initial_indent=" " * 4, subsequent_indent=" " * 4, **whole).wrap
         rows = [f"{figures}  {mix}"] if len(figures) + 2 + len(mix) <= width else [figures, *below(mix)]
         return "\n".join([*(row.rstrip() for row in rows), *below("; ".join(self.faults()))])
+
+
+def spilled(text: str) -> int:
+    """Bytes of the stack that a disassembly stores registers to: R1 points at it."""
+    stores = re.findall(r"\bSTL(\.U?\d+)?\S* \[R1(?:\+(0x[0-9a-f]+))?\]", text)
+    sizes = {".64": 8, ".128": 16}
+    return len({int(at or "0", 16) + i for wide, at in stores for i in range(sizes.get(wide, 4))})
 
 
 def instructions(text: str) -> Counter:

@@ -233,13 +233,13 @@ class Figures(NamedTuple):
     dtype: str
     tile: list[int] | None  # None: the one that is built in
     registers: int
-    spills: int
+    stack: int
     shared: int
     why_not: str | None
 
     def __str__(self) -> str:
         tile = "built in" if self.tile is None else "x".join(map(str, self.tile))
-        figures = f"{self.registers:3d} registers {self.spills:5d} B spilled {self.shared:6d} B shared"
+        figures = f"{self.registers:3d} registers {self.stack:5d} B stack {self.shared:6d} B shared"
         return f"{tile:17s} {figures}  {self.why_not or ''}".rstrip()
 
 
@@ -259,16 +259,16 @@ def figures(arch: str, name: str, size: int, dtype: str) -> Iterator[Figures]:
     for tile in (None, *kernel.candidates(size)):
         if arch.startswith("gfx9") and tile and 32 in tile[2:3]:  # warps of 64 lanes: 1024 threads are 16
             continue
-        most = max((read(*f, dtype, arch) for f in compiled(work.run)), key=lambda c: (c.spills, c.shared))
+        most = max((read(*f, dtype, arch) for f in compiled(work.run)), key=lambda c: (c.stack, c.shared))
         built_in, why_not = built_in or most, None
         if most.shared > limit:
             why_not = f"over {limit} B"
-        elif most.spills > built_in.spills:
+        elif most.stack > built_in.stack:
             why_not = "spills"
         elif tile and (options := hardest(name, size, dtype)):
             asked = max(f[2].shared for run in options for f in compiled(run))
             why_not = f"over {limit} B with a mask or bias: {asked}" if asked > limit else None
-        yield Figures(name, size, dtype, tile, most.registers, most.spills, most.shared, why_not)
+        yield Figures(name, size, dtype, tile, most.registers, most.stack, most.shared, why_not)
 
 
 @contextmanager

@@ -266,4 +266,4 @@ def test_what_does_not_fit_is_never_timed(arguments):
     assert rows[0].tile is None
     assert rows[0].why_not is None
     assert any(r.why_not == "over 101376 B" for r in rows)
-    assert all((r.why_not is not None) == (r.shared > 101376 or r.spills > rows[0].spills) for r in rows)
+    assert all((r.why_not is not None) == (r.shared > 101376 or r.stack > rows[0].stack) for r in rows)
