@@ -66,12 +66,12 @@ __device__ __forceinline__ Columns8 merged(int n, float c, Sum sum, Columns colu
     sum(k, m_part, l_part);
     m = fmaxf(m, m_part);
   }
-  const float base = m == -kInf ? 0.f : m * c;
+  const float m_safe = m == -kInf ? 0.f : m;
 #pragma unroll 4
   for (int k = 0; k < n; k++) {
     float m_part, l_part;
     sum(k, m_part, l_part);
-    const float alpha = exp2_approx(m_part * c - base);
+    const float alpha = exp2_approx((m_part - m_safe) * c);
     const Columns8 part = columns(k);
     l += l_part * alpha;
 #pragma unroll
@@ -219,8 +219,8 @@ __global__ void __launch_bounds__(DecodeTile<kHeadDim>::kThreads)
       for (int t = 0; t < kKeys / 8; t++) m_new = fmaxf(m_new, fmaxf(s[t][r * 2], s[t][r * 2 + 1]));
       m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
       m_new = fmaxf(m_new, shuffle_xor(m_new, 2));
-      const float base = m_new == -kInf ? 0.f : m_new * c;
-      const float alpha = exp2_approx(m[r] * c - base);
+      const float m_safe = m_new == -kInf ? 0.f : m_new, base = m_safe * c;
+      const float alpha = exp2_approx((m[r] - m_safe) * c);
       float sum = 0.f;
 #pragma unroll
       for (int t = 0; t < kKeys / 8; t++)

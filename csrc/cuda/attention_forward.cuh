@@ -261,8 +261,8 @@ __global__ void __launch_bounds__(Tile<kHeadDim, kGeneral>::kThreads)
         for (int n = 0; n < BLOCK_N / 8; n++) m_new = fmaxf(m_new, fmaxf(s[i][n][r * 2], s[i][n][r * 2 + 1]));
         m_new = fmaxf(m_new, shuffle_xor(m_new, 1));
         if (FAULT != 5) m_new = fmaxf(m_new, shuffle_xor(m_new, 2));
-        const float base = m_new == -kInf ? 0.f : m_new * c;
-        const float alpha = exp2_approx(m[i][r] * c - base);
+        const float m_safe = m_new == -kInf ? 0.f : m_new, base = m_safe * c;
+        const float alpha = exp2_approx((m[i][r] - m_safe) * c);  // 1 for a maximum that stays, not 2^(base's rounding)
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < BLOCK_N / 8; n++)

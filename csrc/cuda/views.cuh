@@ -31,7 +31,7 @@ inline bool has_aligned_rows(const Tensor& t, int bytes) {
 
 // Whether scores are more than a positive scale times q k^T within the band.
 inline bool is_general(const AttentionSpec& spec, const Extras& extras) {
-  return spec.scale <= 0 || spec.softcap != 0 || extras.mask || extras.bias || extras.alibi_slopes;
+  return static_cast<float>(spec.scale) <= 0 || spec.softcap != 0 || extras.mask || extras.bias || extras.alibi_slopes;
 }
 
 // f of the first of kHeadDims, in ascending order, that holds D and Dv; or why there is none.

@@ -26,6 +26,7 @@ SANITIZERS = {
     # null: g++ 12 misreports thread-local variables as null pointers
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize=null,alignment", "-fno-sanitize-recover=undefined"],
     "tsan": ["-fsanitize=thread", "-fno-builtin"],
+    "fma": ["-ffp-contract=fast", "-mfma"],  # products and sums in one rounding, as ptxas makes them
 }
 _one_ninja = {
     sanitizer: Lock() for sanitizer in SANITIZERS
@@ -54,7 +55,9 @@ def build(name, main, sanitizer=""):
         unseen = source == MODEL and sanitizer == "tsan"  # what passes between the lanes of a warp orders no memory
         objects.append(f"{source.name}.o")
         text += [f"build {objects[-1]}: compile {source}"]
-        level = "-O2" if source == MODEL else "-O0" if sanitizer == "asan" else "-O1"  # -O1 with UBSan: five times -O0
+        level = (
+            "-O2" if source == MODEL else {"asan": "-O0", "fma": "-O2"}.get(sanitizer, "-O1")
+        )  # UBSan: 5 x -O0's time
         text += [f"  flags = {' '.join(common)} {level} {'-DMODEL_TSAN' if unseen else checks}"]
     target = BUILD / name
     text += [f"build {target}: link {' '.join(objects)}", ""]
@@ -90,10 +93,10 @@ def ninja():
 
 
 @cache
-def library():
-    """The Python module of csrc/bindings_cuda.cpp over the host model."""
-    path = build("_cuda.so", ROOT / "csrc/bindings_cuda.cpp")
-    spec = importlib.util.spec_from_file_location("cuda_model._cuda", path)
+def library(variant=""):
+    """The Python module of csrc/bindings_cuda.cpp over the host model; variant: "" or "fma"."""
+    path = build(f"{variant}_cuda.so", ROOT / "csrc/bindings_cuda.cpp", variant)
+    spec = importlib.util.spec_from_file_location(f"cuda_model{variant}._cuda", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -110,6 +113,11 @@ def _refuses(t):
 
 def _launch(name, t, *args):
     getattr(library(), name)(*args, 0)
+
+
+def contracted():
+    """Attention as `fma` rounds it."""
+    return cuda.attention_op(_refuses, lambda name, t, *args: getattr(library("fma"), name)(*args, 0))
 
 
 attention = cuda.attention_op(_refuses, _launch)
