@@ -69,6 +69,8 @@ class Build(build_ext):
         include = [f"-I{p}" for p in (HERE / "csrc", pybind11.get_include(), sysconfig.get_paths()["include"])]
         common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", *include]
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        if ARCHS[0].isdigit():  # for GPUs later than all of them, whose driver compiles it
+            gencode += [f"-gencode=arch=compute_{ARCHS[0]},code=compute_{ARCHS[0]}"]
         rules = {
             "cxx": [cxx, "-c", *common, "$flags", "-MMD", "-MF", "$out.d", "$in", "-o", "$out"],
             # line tables are two thirds of a cubin, and compress to a fifth

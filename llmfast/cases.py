@@ -99,6 +99,7 @@ CASES = {  # B, H, Hk, Nq, Nk, D
     "heads inside":        _case(2, 2, 2,  70,  70,  32, layout="BNHD", causal=True),
     "fused qkv":           _case(2, 2, 2,  70,  70,  32, layout="fused"),
     "strided head":        _case(1, 2, 2,  40,  40,  32, layout="strided"),
+    "head dim outermost":  _case(1, 2, 2,  40,  37,  32, layout="turned"),
     "no query":            _case(1, 2, 2,   0,  10,  32),
     "no key":              _case(1, 2, 2,  10,   0,  32),
     "no batch":            _case(0, 2, 2,  10,  10,  32),
@@ -192,6 +193,8 @@ def _in_layout(t, layout):
         return t.transpose(1, 2).contiguous().transpose(1, 2)
     if layout == "fused":  # one of three slices of a (B, N, 3, H, D) projection
         return torch.stack([t.transpose(1, 2)] * 3, 2)[:, :, 1].transpose(1, 2)
+    if layout == "turned":
+        return t.mT.contiguous().mT
     return torch.stack([t, t], -1)[..., 0]  # the head dimension has stride 2
 
 

@@ -45,9 +45,12 @@ class Compiled(NamedTuple):
         return found
 
     def _tensor_core(self):
-        """Instructions that would do: HMMA too where a product has less than the 64 rows of Hopper's and later."""
+        """Instructions that would do: HMMA too where a product has less than the 64 rows of Hopper's and later, and in
+        the CUDA kernels, which multiply by mma.sync on every GPU.
+        """
         D = int((re.search(r"D=(\d+)", self.problem) or [0, 0])[1])
         few = self.kernel == "attention_decode" or (self.kernel == "attention_bwd_dkdv" and D > 128)  # 32 keys
+        few |= self.problem.startswith(self.kernel)  # a CUDA kernel's own name and template arguments
         return MMA[listed(self.arch)], *(["HMMA"] if few else []), *(["V_WMMA"] if self.arch.startswith("gfx1") else [])
 
     def __str__(self) -> str:

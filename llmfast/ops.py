@@ -181,7 +181,9 @@ def _fwd_fake(q, k, v, *rest):
 
 def _bwd(do, q, k, v, o, lse, delta, *rest):
     spec, extras, backend = _split(rest)
-    g = pick("attention", (q, k, v, spec, extras), backend, True).backward(do, q, k, v, o, lse, delta, spec, extras)
+    asked = extras if extras.bias is None else extras._replace(bias=extras.bias.detach().requires_grad_())
+    found = pick("attention", (q, k, v, spec, asked), backend, True)  # one that makes a bias's gradient
+    g = found.backward(do, q, k, v, o, lse, delta, spec, extras)
     return tuple(q.new_empty(0) if t is None else t for t in g)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_attention import DTYPES, device_of, triton_or_skip
+from test_attention import DTYPES, device_of, skip, triton_or_skip
 
 import llmfast
 from llmfast import cases
@@ -52,9 +52,14 @@ def in_pages(k, v):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_agrees_with_float64(name, dtype):
-    triton_or_skip()
-    check_against_float64(name, DTYPES[dtype], "triton")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_agrees_with_float64(name, dtype, backend):
+    if backend == "triton":
+        triton_or_skip()
+    try:
+        check_against_float64(name, DTYPES[dtype], backend)
+    except NotImplementedError as reason:
+        skip(reason, backend)
 
 
 def test_pages_and_neighbours_change_no_bit():

@@ -20,7 +20,6 @@ except ImportError as problem:
 _ATTENTION_DTYPES = (torch.float16, torch.bfloat16)
 _SOFTMAX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SPLITS, _SPLIT_KEYS = 64, 256  # at 8k keys of 8 heads 256 blocks for 132 SMs; beyond 16k splits grow instead
-_counters = {}  # by device and stream: zeros, and the decode kernel leaves them so
 
 
 @cache
@@ -70,18 +69,20 @@ def attention_op(refuses, launch) -> Op:
         if extras.seqlens_k is not None:
             return decode(q, k, v, spec, extras, need_lse)
         o = like(q, v.shape[3])
+        rows = _row(o)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device) if need_lse else None
         if extras.packed:  # rows that no sequence covers
-            o.zero_()
+            rows.zero_()
             lse = lse if lse is None else lse.fill_(float("-inf"))
-        launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), o, lse, spec, _as_kernels_read(extras))
-        return o, lse
+        launch("attention_forward", q, _aligned(q), _aligned(k), _aligned(v), rows, lse, spec, _as_kernels_read(extras))
+        return _filled(o, rows), lse
 
     def decode(q, k, v, spec, extras, need_lse=True):
         B, H, Nq, _ = q.shape
         rows, Dv = B * H * Nq, v.shape[3]
         new = lambda *shape: torch.empty(shape, dtype=torch.float32, device=q.device)
         o, lse = like(q, Dv), new(B, H, Nq) if need_lse else None
+        to = _row(o)
         splits = min(_SPLITS, -(-_keys(k, extras) // _SPLIT_KEYS))
         scratch = None, None, None
         if splits > 1 and rows:
@@ -89,23 +90,24 @@ def attention_op(refuses, launch) -> Op:
             scratch = (
                 new(splits, rows, max(-(-Dv // 8) * 8, 8)),
                 new(splits, rows, 2),
-                _zeros(B * k.shape[1] * tiles, q),
+                torch.zeros(B * k.shape[1] * tiles, dtype=torch.int32, device=q.device),  # who comes last merges
             )
-        tensors = _aligned(q), _aligned(k), _aligned(v), o, lse
+        tensors = _aligned(q), _aligned(k), _aligned(v), to, lse
         launch("attention_decode", q, *tensors, *scratch, spec, _as_kernels_read(extras))
-        return o, lse
+        return _filled(o, to), lse
 
     def backward(do, q, k, v, o, lse, delta, spec, extras):
         new = torch.zeros_like if extras.packed else torch.empty_like  # rows that no sequence covers
-        dq, dk, dv = new(q), new(k), new(v)
+        grads = new(q), new(k), new(v)
+        to = [_row(t) for t in grads]
         dsinks = None
         if extras.sinks is not None:
             share = torch.exp(extras.sinks.float()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
             dsinks = -(share * delta).sum((0, 2)).to(extras.sinks.dtype)
         rows = (_aligned(t) for t in (do, q, k, v))
         extras = _as_kernels_read(extras._replace(sinks=None))
-        launch("attention_backward", q, *rows, lse, delta, dq, dk, dv, spec, extras)
-        return Grads(dq, dk, dv, None, dsinks)
+        launch("attention_backward", q, *rows, lse, delta, *to, spec, extras)
+        return Grads(*map(_filled, grads, to), None, dsinks)
 
     def rowdot(o, do):
         delta = torch.empty(o.shape[:3], dtype=torch.float32, device=o.device)
@@ -173,22 +175,13 @@ def _row(t):
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
+def _filled(t, rows):
+    return t if rows is t else t.copy_(rows)
+
+
 def _keys(k, extras):
     """The keys that a sequence has room for."""
     return k.shape[2] * (1 if extras.page_table is None else extras.page_table.shape[1])
-
-
-def _zeros(n, t):
-    """int32 zeros on the tensor's device. A call waits for the one before it on its stream, so they share them; a graph
-    may be replayed on any, so one that is captured has its own, zeroed in it.
-    """
-    new = lambda: torch.zeros(n, dtype=torch.int32, device=t.device)
-    if t.is_cuda and torch.cuda.is_current_stream_capturing():
-        return new()
-    where = t.device, torch.cuda.current_stream(t.device).cuda_stream if t.is_cuda else 0
-    if where not in _counters or len(_counters[where]) < n:
-        _counters[where] = new()
-    return _counters[where]
 
 
 def _as_kernels_read(extras):
