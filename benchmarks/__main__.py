@@ -294,8 +294,8 @@ def plot(chosen) -> int:
     from benchmarks.plot import draw
 
     path = chosen.out or chosen.json.with_suffix(".png")
-    draw(json.loads(chosen.json.read_text()), path)
-    print(f"plot in {path}")
+    drawn = draw(json.loads(chosen.json.read_text()), path)
+    print(f"plot in {path}" if drawn else "no plot: it shows attention, softmax and cross entropy")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The picture of a run: how many times faster than the baseline, by sequence length."""
+"""The picture of a run: how many times faster than the baseline, by sequence length or vocabulary."""
 
 import matplotlib
 
@@ -8,8 +8,10 @@ import matplotlib.pyplot as plt
 COLOURS = {"float32": "#1b6ca8", "bfloat16": "#d1495b", "float16": "#66a182", "float64": "#8d96a3"}
 
 
-def draw(run: dict, path) -> None:
-    """One panel for each kind of attention and one for softmax; a line for each dtype; the baseline at 1."""
+def draw(run: dict, path) -> bool:
+    """One panel for each kind of attention, softmax and cross entropy; a line for each dtype; the baseline at 1. False
+    where a run has nothing to draw.
+    """
     rows = [r for r in run["rows"] if "ratio" in r]
     panels = {}
     for r in rows:
@@ -18,12 +20,16 @@ def draw(run: dict, path) -> None:
             key = f"attention {'backward' if s['backward'] else 'forward'}, {'causal' if s['causal'] else 'full'}"
         elif r["family"] == "softmax" and not s["causal"]:
             key = "softmax, output reused"
+        elif r["family"] == "cross_entropy" and not s["D"]:
+            key = f"cross entropy {'backward' if s['backward'] else 'forward'}, by vocabulary"
         else:
             continue
         if r["provider"].startswith("llmfast") or r["provider"] == "naive":
-            panels.setdefault(key, {}).setdefault((r["provider"], s["dtype"]), []).append((s["N"], r["ratio"]))
+            panels.setdefault(key, {}).setdefault((r["provider"], s["dtype"]), []).append(
+                (s.get("N") or s["V"], r["ratio"])
+            )
     if not panels:
-        return
+        return False
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(4.6 * columns, 3.4 * lines), squeeze=False)
@@ -62,3 +68,4 @@ def draw(run: dict, path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return True

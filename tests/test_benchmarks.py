@@ -43,6 +43,10 @@ def test_run_compare_plot(tmp_path):
     assert out.returncode == 1
     assert "1 rows slower" in out.stdout
     assert benchmarks("plot", path, "--out", tmp_path / "again.png").returncode == 0
+    (tmp_path / "none.json").write_text(json.dumps(found | {"rows": []}))
+    out = benchmarks("plot", tmp_path / "none.json")
+    assert out.returncode == 0
+    assert out.stdout.startswith("no plot: ")
 
 
 def test_work_is_counted_once():
