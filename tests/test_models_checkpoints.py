@@ -35,6 +35,10 @@ MODELS = {
     ),
     "qwen3": lambda: tr.Qwen3ForCausalLM(tr.Qwen3Config(**GQA, head_dim=16, tie_word_embeddings=True)),
     "bert": lambda: tr.BertForMaskedLM(tr.BertConfig(**SHAPE, max_position_embeddings=64)),
+    "bert relu": lambda: tr.BertForMaskedLM(tr.BertConfig(**SHAPE, max_position_embeddings=64, hidden_act="relu")),
+    "bert untied": lambda: tr.BertForMaskedLM(
+        tr.BertConfig(**SHAPE, max_position_embeddings=64, tie_word_embeddings=False)
+    ),
 }
 
 
@@ -68,7 +72,7 @@ def test_logits(name, sharded, tmp_path, ids):
     assert (packed - apart).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "bert"])
+@pytest.mark.parametrize("name", [n for n in MODELS if "bert" not in n])
 def test_cached_steps_equal_the_whole(name, tmp_path, ids):
     random_model(name).save_pretrained(tmp_path)
     model = from_pretrained(tmp_path)

@@ -153,7 +153,7 @@ def names(kind: str, c: Config) -> dict[str, tuple[list[str], bool]]:
             put(ours + "norm2", theirs + "output.LayerNorm")
         put("transform.0", "cls.predictions.transform.dense"), put("transform.2", "cls.predictions.transform.LayerNorm")
         put("head", "cls.predictions.decoder", ends=weight)
-        out["head.bias"] = ["cls.predictions.bias"], False
+        out["head.bias"] = ["cls.predictions.bias" if c.tied else "cls.predictions.decoder.bias"], False
     else:
         put("embed", "model.embed_tokens", ends=weight)
         for i in range(c.layers):
@@ -260,6 +260,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, device="cpu") -> T
     present = {n if n.startswith((root, "lm_head.", "cls.")) else root + n: n for n in tensors.where}
     if kind == "bert" and "cls.predictions.transform.dense.weight" not in present:
         c = Config(**{**asdict(c), "mlm_head": False})  # BertModel: no words are predicted
+    if kind == "bert" and not c.tied and "cls.predictions.bias" in present:
+        present.setdefault("cls.predictions.decoder.bias", present["cls.predictions.bias"])
     if kind == "llmfast":
         present = {n: n for n in tensors.where}
     with torch.device("meta"):
@@ -280,7 +282,8 @@ def from_pretrained(folder, dtype: torch.dtype | None = None, device="cpu") -> T
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         state[ours] = (whole.t().contiguous() if flip else whole).to(device, dtype or whole.dtype)
     unknown = sorted(n for n in present if n not in used and not any(i in n for i in IGNORED))
-    unknown = [n for n in unknown if not (n == "cls.predictions.decoder.bias" or (n == "lm_head.weight" and c.tied))]
+    spare = ("cls.predictions.bias", "cls.predictions.decoder.bias", *(["lm_head.weight"] if c.tied else []))
+    unknown = [n for n in unknown if n not in spare]
     if unknown:
         raise ValueError(f"{folder}: {present[unknown[0]]} has no place in a {kind} model")
     if c.tied:
@@ -365,6 +368,8 @@ def save(model: Transformer, folder, **extra) -> None:
         theirs, flip = ([ours], False) if kind == "llmfast" else names(kind, c)[ours]
         for name, part in zip(theirs, t.split(_rows(ours, c, t.shape[0], len(theirs))), strict=True):
             out[name] = (part.t() if flip else part).contiguous()
+    if kind == "bert" and not c.tied:  # transformers asks for both and adds the decoder's
+        out["cls.predictions.bias"] = out["cls.predictions.decoder.bias"].clone()
     save_file(out, folder / "model.safetensors.new", metadata={"format": "pt"})
     dtype = str(next(iter(out.values())).dtype)[6:]
     text = json.dumps({"model_type": kind, **_config_json(kind, c), "dtype": dtype, **extra}, indent=1)

@@ -12,7 +12,7 @@ Inside, x is (B, N, dim), with B = 1 when packed; q (B, H, N, D), k and v (B, Hk
 
 import math
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -77,7 +77,7 @@ class Config:
             raise ValueError(f"windows: expected one for each of {self.layers} layers, got {len(self.windows)}")
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+ACTIVATIONS = {"gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "relu": nn.ReLU()}
 
 
 class Linear(nn.Linear):
@@ -323,7 +323,8 @@ class Transformer(nn.Module):
         self.types = nn.Embedding(c.token_types, c.dim) if c.token_types else None
         self.encoder = Stack(c, causal=False) if c.kind != "decoder" else None
         self.decoder = Stack(c, causal=True, cross=c.kind != "decoder") if c.kind != "encoder" else None
-        self.transform = nn.Sequential(Linear(c.dim, c.dim), nn.GELU(), norm(c)) if c.mlm_head else None
+        between = ACTIVATIONS["gelu" if c.activation == "swiglu" else c.activation]
+        self.transform = nn.Sequential(Linear(c.dim, c.dim), between, norm(c)) if c.mlm_head else None
         self.head = Linear(c.dim, c.vocab_size, bias=c.mlm_head)
         self.classes = Linear(c.dim, len(c.labels)) if c.labels else None
         self.tie()
