@@ -210,6 +210,16 @@ def test_ngram_is_counts_smoothed():
     assert math.isclose(total, 1.0, rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_kneser_ney_sums_to_one_in_every_context(order):
+    rand = lambda i, *size: torch.randint(1, 7, size, generator=torch.Generator().manual_seed(i)).tolist()
+    pieces = [[0, *rand(i, 1 + i % 9), 0] for i in range(30)]
+    model = NGram(order, 9, "kneser-ney").fit(pieces)
+    for prefix in ([0], [0, 1], [0, 1, 2], [0, 8, 8, 8], [0, 1, 1, 3, 2], [0, *rand(3, 3)]):
+        total = sum((-model.surprisal([[*prefix, w]])[-1]).exp().item() for w in range(9))
+        assert math.isclose(total, 1.0, rel_tol=1e-5), (prefix, total)
+
+
 def test_surprisal_counts_the_same_tokens():
     pieces = [[0, 5, 6, 7, 0], [0, 8, 0], [0, 9, 9, 0]]
     model = tiny()

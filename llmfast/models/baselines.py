@@ -97,13 +97,19 @@ def _kneser_ney():
             return self.before[context][word], self.totals[context]
 
         def unigram_score(self, word):
+            if self._order == 1:
+                return self.counts.unigrams.freq(word)
             count, total = self._continuation_counts(word)
             return (count + 1) / (total + self.size)
 
         def alpha_gamma(self, word, context):
-            if len(context) + 1 < self._order and context not in self.totals:  # only ever at a text's beginning
+            if len(context) + 1 == self._order:
+                return super().alpha_gamma(word, context)
+            if context not in self.totals:  # only ever at a text's beginning
                 return 0.0, 1.0
-            return super().alpha_gamma(word, context)
+            count, total = self._continuation_counts(word, context)
+            taken = self.discount * len(self.before[context])  # from as many words as follow context anywhere
+            return max(count - self.discount, 0.0) / total, taken / total
 
     return Remembered
 
