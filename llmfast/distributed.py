@@ -9,10 +9,13 @@ p-th from the back (zigzag), and has the same work in every round. `shard` cuts 
 together.
 """
 
+import re
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import arguments
 from . import functional as llmfast
 from .ops import attention_backward
 from .spec import NO_EXTRAS, OPEN, AttentionSpec
@@ -57,20 +60,41 @@ def ring_attention(
         o (B, H, N, D), the same part of the result. Each process holds two parts of k and v at a time.
 
     Raises:
-        ValueError: shapes or dtypes that contradict each other; with causal, an odd N, or q and k of two lengths.
+        ValueError, on every process: shapes or dtypes that contradict each other or those of another process; with
+            causal, an odd N, or q and k of two lengths.
 
     >>> o = ring_attention(*(shard(t, causal=True) for t in (q, k, v)), causal=True)
     """
-    if q.dim() != 4 or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"q, k, v: expected (B, H, N, D), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if causal and (q.shape[2] % 2 or q.shape[2] != k.shape[2]):
-        raise ValueError(f"causal: expected one even length of q and k, got {q.shape[2]} and {k.shape[2]}")
+    agree(q, k, v, group, causal, scale)
     return RingAttention.apply(q, k, v, group, causal, scale)
+
+
+def agree(q, k, v, group, causal, scale) -> None:
+    """Before anything is sent: one process's mistake, or a difference between two, is a ValueError on all of them."""
+    said, mistake = None, None
+    try:
+        arguments.qkv(q, k, v)
+        said = f"q {arguments.say(q)}, k {arguments.say(k)}, v {arguments.say(v)}, causal {causal}, scale {scale}"
+        if causal and (q.shape[2] % 2 or q.shape[2] != k.shape[2]):
+            mistake = f"causal: expected one even length of q and k, got {q.shape[2]} and {k.shape[2]}"
+    except (TypeError, ValueError) as problem:
+        mistake = f"q, k, v: {problem}"
+    found = [(said, mistake)] * dist.get_world_size(group)
+    if len(found) > 1:
+        dist.all_gather_object(found, (said and re.sub(r"cuda:\d+", "cuda", said), mistake), group)
+    for p, (_, mistake) in enumerate(found):
+        if mistake is not None:
+            raise ValueError(mistake if len(found) == 1 else f"process {p}: {mistake}")
+    if len({said for said, _ in found}) > 1:
+        every = "; ".join(f"process {p}: {said}" for p, (said, _) in enumerate(found))
+        raise ValueError(f"expected the same on every process, got {every}")
 
 
 def passed_on(tensors: list[Tensor], group) -> tuple[list[Tensor], list]:
     """Starts sending tensors to the next process; what comes from the one before, and what to wait for."""
     p, P = dist.get_rank(group), dist.get_world_size(group)
+    if P == 1:
+        return tensors, []
     to, source = (dist.get_global_rank(group, r % P) if group is not None else r % P for r in (p + 1, p - 1))
     came = [torch.empty_like(t) for t in tensors]
     ops = [dist.P2POp(dist.isend, t, to, group) for t in tensors]

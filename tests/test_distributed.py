@@ -84,6 +84,30 @@ def ring_refuses():
         shard(torch.randn(1, 1, 6, 8), causal=True)
 
 
+def all_refuse(message, *tensors):
+    with pytest.raises(ValueError, match=message):
+        ring_attention(*tensors)
+
+
+def ring_refuses_everywhere():
+    """What one process alone or only all together can see; each of these aborted or never ended."""
+    rank, rand = dist.get_rank(), torch.randn
+    q = rand(1, 2, 8, 16)
+    for bad in (rand(1, 3, 8, 16), rand(1, 2, 8, 8), rand(2, 2, 8, 16), q.double(), q[0], None):
+        all_refuse("q, k, v", q, bad, bad if bad is None or bad.shape[-1] == 16 else q)
+    all_refuse("process 0", *[q if rank else rand(1, 3, 8, 16)] * 2, q)
+    all_refuse("same on every process", *[rand(1, 2, 6 if rank else 8, 16)] * 3)
+    all_refuse("same on every process", *[q.bfloat16() if rank else q] * 3)
+
+
+def test_ring_attention_on_one_process():
+    spawn(1, "ring_equals_whole(True, torch.float64); ring_equals_whole(False, torch.float32)")
+
+
+def test_ring_attention_refuses_on_every_process():
+    spawn(2, "ring_refuses_everywhere()")
+
+
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_ring_attention(processes):
     every = [(c, t) for c in (False, True) for t in ("torch.float32", "torch.float64", "torch.bfloat16")]
