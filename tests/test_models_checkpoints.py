@@ -115,6 +115,36 @@ def test_own_layout_round_trip(tmp_path, ids):
     assert torch.equal(*both)
 
 
+LEARNED = dict(norm="layer", position="learned", activation="gelu", qkv_bias=True, out_bias=True, mlp_bias=True)
+ENCODER = LEARNED | dict(kind="encoder", norm_first=False, token_types=2)
+ODD = {
+    "norm last": dict(norm_first=False),
+    "token types": dict(token_types=2),
+    "a decoder's mlm head": dict(mlm_head=True),
+    "a bias after attention only": dict(out_bias=True),
+    "windows of two widths": dict(windows=(3, 5), qk_norm=True),
+    "windows and biases": dict(windows=(3, 5), qkv_bias=True),
+    "a window in one layer": dict(windows=(3, None)),
+    "windows of none": dict(windows=(None, None)),
+    "gpt2 with a head": LEARNED | dict(mlm_head=True),
+    "bert without a head": ENCODER,
+    "bert with windows": ENCODER | dict(mlm_head=True, windows=(3, 3)),
+    "stretched": dict(rope_scaling=dict(rope_type="linear", factor=2.0), qkv_bias=True),
+    "a dropout": dict(dropout=0.3),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_every_config_comes_back(name, tmp_path, ids):
+    torch.manual_seed(0)
+    model = Transformer(Config(V, dim=32, layers=2, heads=4, max_length=64, **ODD[name])).eval()
+    for p in model.parameters():
+        p.data.normal_(0, 0.15) if p.dim() > 1 else p.data.uniform_(0.5, 1.5)
+    save(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path)(ids), model(ids))
+
+
 def test_cached_translation_equals_the_whole(ids):
     """Two beams of each of two sentences of 9 and 6 tokens; then every first beam goes on as its neighbour."""
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ can run code is ever opened, and a truncated, mis-shaped or hostile one is one V
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -300,26 +300,16 @@ def _rows(ours, c, total, parts):
     return [total // parts] * parts
 
 
-def family(c: Config) -> str:
-    """The model_type that can hold a Config; llmfast where only this library can build it."""
-    if c.kind == "encoder-decoder" or c.position == "sinusoidal" or c.labels:
-        return "llmfast"
-    biased = c.qkv_bias and c.out_bias and c.mlp_bias and c.norm == "layer" and c.position == "learned"
-    plain = c.kv_heads == c.heads and c.head_dim * c.heads == c.dim and not c.windows and not c.qk_norm
-    if biased and plain and c.activation != "swiglu":
-        if c.kind == "decoder" and c.norm_first and not c.token_types:
-            return "gpt2"
-        if c.kind == "encoder" and not c.norm_first and c.token_types and c.mlm_head:
-            return "bert"
-    if c.kind != "decoder" or c.norm != "rms" or c.activation != "swiglu" or c.position != "rotary" or c.mlp_bias:
-        return "llmfast"
-    if c.qk_norm:
-        return "qwen3" if c.qkv_bias == c.out_bias else "llmfast"
-    if c.qkv_bias and not c.out_bias:
-        return "qwen2" if c.head_dim * c.heads == c.dim else "llmfast"
-    if c.windows:
-        return "mistral" if len(set(c.windows)) == 1 and not c.qkv_bias else "llmfast"
-    return "llama"
+def family(c: Config, state) -> str:
+    """The model_type whose config.json gives the same Config back and that names each tensor of state; else llmfast."""
+    for kind in ("gpt2", "bert", "llama", "mistral", "qwen2", "qwen3"):
+        try:
+            again = FAMILIES[kind](Fields({"model_type": kind, **_config_json(kind, c)}, Path("config.json")))
+        except (KeyError, ValueError):  # an activation or a size that the family doesn't have
+            continue
+        if again == replace(c, dropout=0.0) and state.keys() <= names(kind, c).keys():
+            return kind
+    return "llmfast"
 
 
 def _config_json(kind: str, c: Config) -> dict:
@@ -361,9 +351,8 @@ def save(model: Transformer, folder, **extra) -> None:
 
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
-    kind = family(c)
     state = {k: v for k, v in model.state_dict().items() if not (k == "head.weight" and c.tied)}
-    out = {}
+    kind, out = family(c, state), {}
     for ours, t in state.items():
         theirs, flip = ([ours], False) if kind == "llmfast" else names(kind, c)[ours]
         for name, part in zip(theirs, t.split(_rows(ours, c, t.shape[0], len(theirs))), strict=True):
