@@ -1,6 +1,7 @@
 """Ring attention on 2 and 4 processes is attention on one; data-parallel training is training on one."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def little_losses(folder, die=-1, shard=False, matrix_lr=0.0):
 
     def report(step, loss):
         if step == die:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     task = tasks.LanguageModel()
     return training.train(model, task, pieces[:30], s, folder, None, True, report, pieces[30:], shard)

@@ -90,13 +90,9 @@ def test_tokenizer_round_trip_and_packing():
     assert asked == [t for e in tokenizer.encode_batch(texts[:3]) for t in [*e.ids, 0]]  # every token once
 
 
-def little_run(folder, die=-1, how=signal.SIGINT):
+def little_run(folder, die=-1, how=signal.SIGINT, report=None):
     """20 steps, saved every 5, resumed where something is there; how is raised in step die. The losses."""
-
-    def report(step, loss):
-        if step == die:
-            signal.raise_signal(how)
-
+    report = report or (lambda step, loss: step == die and signal.raise_signal(how))
     torch.manual_seed(0)
     model = Transformer(Config(50, dim=32, layers=1, heads=2, max_length=16, dropout=0.1))
     pieces = [torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(40)]
@@ -120,6 +116,30 @@ def test_an_interrupted_run_is_usable_and_goes_on(tmp_path):
     assert len(losses) == 8
     from_pretrained(tmp_path)
     assert little_run(tmp_path) == little_run(tmp_path / "whole")
+
+
+def test_an_interrupt_inside_a_step_waits_for_its_end(tmp_path, monkeypatch):
+    """Ctrl-C when AdamW has made its part of step 7 and Muon hasn't."""
+    step, calls = torch.optim.Muon.step, []
+
+    def interrupted(self, *arguments, **named):
+        calls.append(len(calls) == 7 and signal.raise_signal(signal.SIGINT))
+        return step(self, *arguments, **named)
+
+    whole = little_run(tmp_path / "whole")
+    monkeypatch.setattr(torch.optim.Muon, "step", interrupted)
+    assert len(little_run(tmp_path / "a")) == 8
+    assert little_run(tmp_path / "a") == whole
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    calls = lambda step, loss: step == 7 and [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        little_run(tmp_path, report=calls)
+    assert len(torch.load(tmp_path / "training.pt")["losses"]) == 5
+    assert not (tmp_path / "model.safetensors").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_model_kept_is_the_best_on_the_validation_texts(tmp_path):

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import signal
+import threading
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,9 +80,10 @@ def train(
     training ends when patience checks in a row were no better.
 
     The state after a step (weights, moments, losses) is one file that appears whole; random numbers follow from the
-    step. A run that was killed and is resumed has the losses it would have had. Ctrl-C saves and returns. Under
-    torchrun every process takes its part of each batch; the losses are those of one process, and the first one writes.
-    Weights, gradients and moments are copied (DistributedDataParallel) or, with shard, divided (FSDP2).
+    step. A run that was killed and is resumed has the losses it would have had. Ctrl-C ends the step, saves and
+    returns; a second one doesn't wait. Under torchrun every process takes its part of each batch; the losses are those
+    of one process, and the first one writes. Weights, gradients and moments are copied (DistributedDataParallel) or,
+    with shard, divided (FSDP2).
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +105,7 @@ def train(
         step_of = nn.parallel.DistributedDataParallel(step_of)
     per_epoch, epoch, start = None, 0, 0
     model.train()
-    try:
+    with finishing_steps() as came:
         for step in range(s.steps):
             if validation and len(losses) - best["step"] >= s.patience * s.check_every:
                 break
@@ -123,27 +127,49 @@ def train(
                     group["lr"] = lr * rate(s, step)
                 opt.step()
                 opt.zero_grad()
-            loss = loss.detach()
+            reached = torch.stack([loss.detach(), loss.new_tensor(len(came))])
             if world > 1:
-                dist.all_reduce(loss)
-            losses.append(loss.item())
+                dist.all_reduce(reached)  # all end after the same step
+            losses.append(reached[0].item())
             if validation and (step + 1) % s.check_every == 0:
                 check(step_of, model, task, validation, s, step + 1, best)
             report(step, losses[-1])
             if (step + 1) % s.save_every == 0 and step + 1 < s.steps:
                 keep(model, opts, s, losses, state, best)
-    except KeyboardInterrupt:
-        model.zero_grad()
-    keep(model, opts, s, losses, state, best)
-    if best["model"]:
-        load_whole(model, [], best["model"], {})
-    model.eval()
-    weights, _ = whole_state(model, opts)
-    if rank == 0:
-        finish(model.config, weights, folder, tokenizer, losses, best["checks"])
+            if reached[1] if world > 1 else came:
+                break
+        keep(model, opts, s, losses, state, best)
+        if best["model"]:
+            load_whole(model, [], best["model"], {})
+        model.eval()
+        weights, _ = whole_state(model, opts)
+        if rank == 0:
+            finish(model.config, weights, folder, tokenizer, losses, best["checks"])
     if world > 1:
         dist.barrier()  # nobody goes on before the model is there
     return losses
+
+
+@contextmanager
+def finishing_steps():
+    """Gives a list that a first Ctrl-C is noted in, so that the step is made whole; a second one is KeyboardInterrupt.
+
+    Only the main thread is ever interrupted, and a handler that isn't Python's is left alone.
+    """
+    came, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, before)
+
+    ours = threading.current_thread() is threading.main_thread() and callable(before)
+    if ours:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, before)
 
 
 @torch.no_grad()
