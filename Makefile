@@ -19,12 +19,12 @@ bench: build .venv/encoder
 	$(PY) -m benchmarks run $(ARGS)
 
 demo: build
-	$(PY) -m llmfast train --data examples/corpus.txt --out build/demo/lm --dropout 0.1 --patience 0 $(ARGS)
+	$(PY) -m llmfast train --overwrite --data examples/corpus.txt --out build/demo/lm --dropout 0.1 --patience 0 $(ARGS)
 	$(PY) -m llmfast evaluate --model build/demo/lm --data examples/corpus.txt --words
 	$(PY) -m llmfast generate --model build/demo/lm --prompt "人工智能" --temperature 0.7 --top-p 0.9
-	$(PY) -m llmfast train --task translate --data examples/pairs.tsv --out build/demo/translate --steps 600 --vocab-size 400 --dropout 0.2 $(SMALL)
+	$(PY) -m llmfast train --overwrite --task translate --data examples/pairs.tsv --out build/demo/translate --steps 600 --vocab-size 400 --dropout 0.2 $(SMALL)
 	$(PY) -m llmfast translate --model build/demo/translate --data examples/pairs.tsv --held-out 0.1
-	$(PY) -m llmfast train --task classify --data examples/labels.tsv --out build/demo/classify --steps 200 --vocab-size 1000 --dropout 0.4 --layers 1 --held-out 0.2 $(SMALL)
+	$(PY) -m llmfast train --overwrite --task classify --data examples/labels.tsv --out build/demo/classify --steps 200 --vocab-size 1000 --dropout 0.4 --layers 1 --held-out 0.2 $(SMALL)
 	$(PY) -m llmfast classify --model build/demo/classify --text "今天下大雨。" --text "She scored two goals." --text "这个程序有错误。"
 	$(PY) -m llmfast attention-map --model build/demo/lm --text "语言模型预测下一个词" --heads 0 1 2 3 --out build/demo/attention.png
 

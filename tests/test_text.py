@@ -290,6 +290,35 @@ def test_commands(tmp_path, capsys):
     assert code == 0
 
 
+def test_only_the_same_run_goes_on(tmp_path, capsys):
+    """Another file, share, shape or task under --resume, and any run without it, leave what is there as it was."""
+    lines = (EXAMPLES / "corpus.txt").read_text(encoding="utf-8").splitlines()
+    for name, part in (("a", lines[:40]), ("b", lines[20:100])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part), encoding="utf-8")
+    out = tmp_path / "model"
+    small = ["--steps", 2, "--dim", 32, "--layers", 1, "--vocab-size", 300, "--warmup", 1, "--out", out]
+    go = lambda name, *more: run(capsys, "train", "--data", tmp_path / f"{name}.txt", *small, *more)
+    code, first, err = go("a")
+    assert code == 0, err
+    files = {p.name: p.read_bytes() for p in out.iterdir()}
+    for name, more, message in (
+        ("a", [], "--resume goes on, --overwrite begins anew"),
+        ("b", ["--resume"], "other examples (--data, --held-out)"),
+        ("a", ["--resume", "--held-out", 0.2], "other examples (--data, --held-out)"),
+        ("a", ["--resume", "--dim", 64], "another dim (32, not 64)"),
+        ("a", ["--resume", "--overwrite"], "--resume or --overwrite"),
+    ):
+        code, _, err = go(name, *more)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert message in err
+        assert {p.name: p.read_bytes() for p in out.iterdir()} == files
+    code, again, err = go("a", "--resume")
+    assert (code, again.splitlines()[-1]) == (0, first.splitlines()[-1]), err
+    code, _, err = go("b", "--overwrite")
+    assert code == 0, err
+    assert (out / "tokenizer.json").read_bytes() != files["tokenizer.json"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -50,6 +50,7 @@ def add(commands) -> None:
     c.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
     c.add_argument("--bf16", action="store_true", help="matrix products in bfloat16")
     c.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    c.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a model of train")
     c.add_argument("--shard", action="store_true", help="under torchrun: divide weights and moments (FSDP2)")
     c = command(generate, "continue a prompt")
     c.add_argument("--prompt", required=True, action="append", help="may be repeated: a batch")
@@ -139,6 +140,10 @@ def train_here(a) -> None:
     from rich.progress import Progress
 
     Task, out = tasks.TASKS[a.task], Path(a.out)
+    if a.resume and a.overwrite:
+        raise ValueError("expected --resume or --overwrite, not both")
+    if not (a.resume or a.overwrite) and (out / "training.pt").exists():
+        raise ValueError(f"{out}: holds a run of train; --resume goes on, --overwrite begins anew")
     rows, validation, held_out = halves(a.data, a.held_out, Task.columns)
     if not a.resume and (out / "config.json").exists() and not (out / "training.pt").exists():
         raise ValueError(f"{out}: holds a model that train didn't make; give another --out")
@@ -153,7 +158,8 @@ def train_here(a) -> None:
         a.max_length = base.config.max_length
     else:
         seen = [text for row in rows for text in row[: 1 if a.task == "classify" else None]]
-        tokenizer = corpus.train_tokenizer(seen, a.vocab_size)
+        again = a.resume and (out / "tokenizer.json").exists()
+        tokenizer = corpus.load_tokenizer(out) if again else corpus.train_tokenizer(seen, a.vocab_size)
         hidden = -(-a.dim * 8 // 3 // 32) * 32  # swiglu has three matrices: two thirds of 4 dim
         shape = dict(dim=a.dim, hidden=hidden, layers=a.layers, heads=a.heads, max_length=a.max_length)
         shape |= dict(kind=task.kind, dropout=a.dropout, **task.options())
@@ -165,6 +171,9 @@ def train_here(a) -> None:
         line = bar.add_task("training", total=s.steps)
         report = lambda step, loss: bar.update(line, completed=step + 1, description=f"loss {loss:.3f}")
         validation = task.examples(validation, tokenizer, a.max_length)
+        if a.overwrite and int(os.environ.get("RANK", 0)) == 0:
+            for name in ("training.pt", "config.json", "model.safetensors", "tokenizer.json"):
+                (out / name).unlink(missing_ok=True)  # none of the old run may be taken for the new one's
         losses = training.train(model, task, examples, s, out, tokenizer, a.resume, report, validation, a.shard)
     if len(losses) < s.steps:
         print(f"{len(losses)} of {s.steps} steps: ended by --patience, or by Ctrl-C (--resume goes on)")

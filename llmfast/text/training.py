@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,8 +100,9 @@ def train(
     opts, losses, state = optimizers(model, s), [], folder / "training.pt"
     rates = [[group["lr"] for group in opt.param_groups] for opt in opts]
     best = dict(loss=math.inf, step=0, model={}, checks=[])
+    made = identity(model, task, (examples, validation), tokenizer)
     if resume:
-        losses = restore(model, opts, s, state, best)
+        losses = restore(model, opts, s, state, best, made)
     if world > 1 and not shard:
         step_of = nn.parallel.DistributedDataParallel(step_of)
     per_epoch, epoch, start = None, 0, 0
@@ -135,10 +137,10 @@ def train(
                 check(step_of, model, task, validation, s, step + 1, best)
             report(step, losses[-1])
             if (step + 1) % s.save_every == 0 and step + 1 < s.steps:
-                keep(model, opts, s, losses, state, best)
+                keep(model, opts, s, losses, state, best, made)
             if reached[1] if world > 1 else came:
                 break
-        keep(model, opts, s, losses, state, best)
+        keep(model, opts, s, losses, state, best, made)
         if best["model"]:
             load_whole(model, [], best["model"], {})
         model.eval()
@@ -200,16 +202,26 @@ def load_whole(model, opts, weights, moments) -> None:
     set_state_dict(model, opts, model_state_dict=weights, optim_state_dict=moments, options=whole)
 
 
-def keep(model, opts, s, losses, path: Path, best) -> None:
+def identity(model, task, examples, tokenizer) -> dict:
+    """What a run that goes on has in common with the one before."""
+    crc = lambda text: zlib.crc32(text.encode())
+    return asdict(model.config) | {
+        "task": type(task).__name__,
+        "tokenizer": tokenizer and crc(tokenizer.to_str()),
+        "examples (--data, --held-out)": crc(repr(examples)),
+    }
+
+
+def keep(model, opts, s, losses, path: Path, best, made) -> None:
     weights, moments = whole_state(model, opts)
-    everything = dict(model=weights, opts=moments, losses=losses, best=best, settings=asdict(s))
+    everything = dict(model=weights, opts=moments, losses=losses, best=best, settings=asdict(s), made=made)
     if dist.is_initialized() and dist.get_rank():
         return
     torch.save(everything, f"{path}.new")
     os.replace(f"{path}.new", path)
 
 
-def restore(model, opts, s, path: Path, best) -> list[float]:
+def restore(model, opts, s, path: Path, best, made) -> list[float]:
     if not path.is_file():
         return []
     try:
@@ -217,6 +229,11 @@ def restore(model, opts, s, path: Path, best) -> list[float]:
         before = {k: v for k, v in found["settings"].items() if k != "save_every"}
         if before != {k: v for k, v in asdict(s).items() if k != "save_every"}:
             raise ValueError(f"{path}: was made with other settings ({found['settings']}); use them, or another folder")
+        if other := [name for name in made if found["made"][name] != made[name]]:
+            name = other[0]
+            values = f" ({found['made'][name]}, not {made[name]})" if name in asdict(model.config) else ""
+            kind = "other" if name.startswith("examples") else "another"
+            raise ValueError(f"{path}: was made with {kind} {name}{values}; use that, or another folder")
         load_whole(model, opts, found["model"], found["opts"])
         best.update(found["best"])
     except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
