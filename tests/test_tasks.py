@@ -266,6 +266,7 @@ def test_commands(made, capsys, monkeypatch):
         (["translate", "--model", "classify", "--text", "a"], "was made for classify"),
         (["generate", "--model", "translate", "--prompt", "a"], "was made for translate"),
         (["classify", "--model", "classify"], "expected --text or --data"),
+        (["attention-map", "--model", "translate", "--text", "a"], "was made for translate"),
         (["answer", "--model", "lm", "--question", "a", "--examples", "nowhere.jsonl"], "No such file"),
     ],
 )
@@ -275,6 +276,24 @@ def test_mistakes_are_one_line(made, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_chat_needs_utf8(made, capsys, monkeypatch):
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8", errors))
+        code, _, err = run(capsys, "chat", "--model", made / "lm")
+        assert code == 2
+        assert err == "llmfast chat: standard input: not UTF-8\n"
+
+
+def test_one_label_is_refused_before_training(tmp_path, capsys):
+    (tmp_path / "a.tsv").write_text("".join(f"number {i} {'ab' * i}\tsame\n" for i in range(60)))
+    code, _, err = run(
+        capsys, "train", "--task", "classify", "--data", tmp_path / "a.tsv", "--out", tmp_path / "m", "--patience", 0
+    )
+    assert code == 2
+    assert "expected at least 2 labels, got same" in err
+    assert not (tmp_path / "m").exists()
 
 
 def test_an_encoder_without_labels_has_a_map_and_no_task(tmp_path, tokenizer, capsys):

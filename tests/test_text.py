@@ -50,6 +50,8 @@ def test_load_and_clean(tmp_path):
         ("a.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("a.txt", b" \n\n", "holds no text"),
         ("a.jsonl", b'{"text": "a"}\n{', "line 2: not JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.jsonl", b"1" * 5_000, "line 1: not JSON"),
         ("a.jsonl", b"[1]", 'expected an object with a string "text"'),
         ("b.tsv", b"one\ttwo\nthree", "line 2: expected 2 texts, got 1"),
         ("b.txt", b"one", "line 1: expected 2 texts, got 1"),
@@ -142,6 +144,34 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize(
+    "held", [b"", b"\x80", b"x" * 99, [], {"settings": {}}, "no losses", "losses of text"], ids=repr
+)
+def test_a_bad_checkpoint_is_one_error(tmp_path, held):
+    little_run(tmp_path)
+    path = tmp_path / "training.pt"
+    if isinstance(held, bytes):
+        path.write_bytes(held)
+    elif isinstance(held, str):
+        whole = torch.load(path)
+        whole["losses"] = "abc"
+        torch.save(whole if held == "losses of text" else {k: v for k, v in whole.items() if k != "losses"}, path)
+    else:
+        torch.save(held, path)
+    with pytest.raises(ValueError, match=r"training\.pt: ") as error:
+        little_run(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "training.pt.new").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"training\.pt: can't be written") as error:
+        little_run(tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "training.pt.new").is_symlink()
+
+
 def test_the_model_kept_is_the_best_on_the_validation_texts(tmp_path):
     """Random texts: what is learned of 10 of them by heart makes 10 others ever less likely, and training ends."""
 
@@ -204,12 +234,26 @@ def test_top_k_and_top_p():
     assert draw(0, 0.7) == {1, 2}
 
 
-@pytest.mark.parametrize("bad", [dict(temperature=-1), dict(top_p=0), dict(top_k=-1), dict(max_new_tokens=0)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(temperature=-1),
+        dict(temperature=math.nan),
+        dict(temperature=math.inf),
+        dict(top_p=0),
+        dict(top_k=-1),
+        dict(max_new_tokens=0),
+    ],
+)
 def test_bad_generation(bad):
     with pytest.raises(ValueError, match="expected"):
         next(generation.generate(tiny(), [[1]], **bad))
     with pytest.raises(ValueError, match="holds no token"):
         next(generation.generate(tiny(), [[]]))
+
+
+def test_a_temperature_next_to_0_is_greedy():
+    assert collect(tiny(), [[1]], max_new_tokens=9, temperature=1e-45) == collect(tiny(), [[1]], max_new_tokens=9)
 
 
 def test_stream_never_says_half_a_character():

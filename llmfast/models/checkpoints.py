@@ -6,6 +6,7 @@ can run code is ever opened, and a truncated, mis-shaped or hostile one is one V
 
 import json
 import os
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -177,7 +178,7 @@ def read_json(path: Path) -> dict:
         raise ValueError(f"{path}: no such file")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as problem:
+    except (ValueError, RecursionError) as problem:
         raise ValueError(f"{path}: not JSON ({problem})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -342,6 +343,21 @@ def _config_json(kind: str, c: Config) -> dict:
     )  # fmt: skip
 
 
+@contextmanager
+def whole(path: Path):
+    """Gives a path beside it to write to, which takes its place; nothing stays there where the writing failed."""
+    from safetensors import SafetensorError
+
+    new = path.with_name(path.name + ".new")
+    try:
+        yield new
+        os.replace(new, path)
+    except (RuntimeError, OSError, SafetensorError) as problem:  # torch.save's of a full disk is a RuntimeError
+        raise ValueError(f"{path}: can't be written ({str(problem).splitlines()[0]})") from None
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def save(model: Transformer, folder, **extra) -> None:
     """Writes config.json and model.safetensors as `from_pretrained` and transformers read them; each appears whole.
 
@@ -359,9 +375,8 @@ def save(model: Transformer, folder, **extra) -> None:
             out[name] = (part.t() if flip else part).contiguous()
     if kind == "bert" and not c.tied:  # transformers asks for both and adds the decoder's
         out["cls.predictions.bias"] = out["cls.predictions.decoder.bias"].clone()
-    save_file(out, folder / "model.safetensors.new", metadata={"format": "pt"})
     dtype = str(next(iter(out.values())).dtype)[6:]
     text = json.dumps({"model_type": kind, **_config_json(kind, c), "dtype": dtype, **extra}, indent=1)
-    (folder / "config.json.new").write_text(text, encoding="utf-8")
-    for name in ("model.safetensors", "config.json"):
-        os.replace(folder / (name + ".new"), folder / name)
+    with whole(folder / "config.json") as shape, whole(folder / "model.safetensors") as weights:
+        shape.write_text(text, encoding="utf-8")
+        save_file(out, weights, metadata={"format": "pt"})

@@ -150,6 +150,8 @@ def train_here(a) -> None:
     if not a.patience:
         rows, validation = rows + validation, []
     task = Task(rows + validation + held_out)
+    if a.task == "classify" and len(task.labels) < 2:
+        raise ValueError(f"{a.data}: expected at least 2 labels, got {task.labels[0]}")
     s = training.Settings(**{name: getattr(a, name) for name in vars(training.Settings())})
     torch.manual_seed(s.seed)
     if a.init:
@@ -303,7 +305,12 @@ def chat(a) -> None:
 
 def asked() -> str:
     print("> " if sys.stdin.isatty() else "", end="", flush=True)
-    return sys.stdin.readline()
+    try:
+        line = sys.stdin.readline()
+        line.encode()  # in the C locale Python lets through what isn't UTF-8
+    except UnicodeError:
+        raise ValueError("standard input: not UTF-8") from None
+    return line
 
 
 def rendered(template, said) -> str:
@@ -355,6 +362,8 @@ def attention_map(a) -> None:
     from . import attention_map as maps
 
     model, tokenizer, _ = load(a)
+    if model.config.kind == "encoder-decoder":
+        raise ValueError(f"{a.model}: was made for translate; attention-map needs a decoder or an encoder alone")
     ids = tokenizer.encode(a.text).ids
     if not ids:
         raise ValueError("--text: holds no token")

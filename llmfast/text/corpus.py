@@ -38,8 +38,8 @@ def _row(line, suffix, columns, where):
     if suffix == ".jsonl":
         try:
             found = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise ValueError(f"{where}: not JSON ({problem.msg})") from None
+        except (ValueError, RecursionError) as problem:
+            raise ValueError(f"{where}: not JSON ({problem})") from None
         if columns == 1 and (not isinstance(found, dict) or not isinstance(found.get("text"), str)):
             raise ValueError(f'{where}: expected an object with a string "text"')
         row = [found["text"]] if columns == 1 else list(found.values()) if isinstance(found, dict) else []

@@ -1,5 +1,6 @@
 """The decoding loop, and who picks the next token in it: the likeliest, a draw, or a beam search."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -154,9 +155,9 @@ def check(model, prompts, max_new_tokens, temperature, top_k, top_p):
         raise ValueError("prompt: holds no token")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
-            f"expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
+            f"expected a finite temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got {temperature}, {top_k} and {top_p}"
         )
     if (longest := max(map(len, prompts))) > model.config.max_length:
         raise ValueError(f"prompt: {longest} tokens are more than the model's {model.config.max_length}")
@@ -164,7 +165,7 @@ def check(model, prompts, max_new_tokens, temperature, top_k, top_p):
 
 def choose(logits, temperature, top_k, top_p, generators) -> list[int]:
     """One token of each row of logits (B, V)."""
-    if temperature == 0:
+    if temperature < 1e-6:  # 1 / temperature times a logit stays finite
         return logits.argmax(-1).tolist()
     p = llmfast.softmax(logits.float(), scale=1 / temperature)
     p, order = torch.sort(p, dim=-1, descending=True, stable=True)

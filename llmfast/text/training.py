@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import signal
 import threading
 import zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -217,8 +217,8 @@ def keep(model, opts, s, losses, path: Path, best, made) -> None:
     everything = dict(model=weights, opts=moments, losses=losses, best=best, settings=asdict(s), made=made)
     if dist.is_initialized() and dist.get_rank():
         return
-    torch.save(everything, f"{path}.new")
-    os.replace(f"{path}.new", path)
+    with models.checkpoints.whole(path) as new:
+        torch.save(everything, new)
 
 
 def restore(model, opts, s, path: Path, best, made) -> list[float]:
@@ -234,11 +234,14 @@ def restore(model, opts, s, path: Path, best, made) -> list[float]:
             values = f" ({found['made'][name]}, not {made[name]})" if name in asdict(model.config) else ""
             kind = "other" if name.startswith("examples") else "another"
             raise ValueError(f"{path}: was made with {kind} {name}{values}; use that, or another folder")
+        if not all(isinstance(loss, float) for loss in found["losses"]):
+            raise TypeError("its losses aren't numbers")
         load_whole(model, opts, found["model"], found["opts"])
         best.update(found["best"])
-    except (RuntimeError, EOFError, KeyError, AttributeError) as problem:
-        raise ValueError(f"{path}: can't be resumed ({str(problem).splitlines()[0]})") from None
-    return found["losses"]
+        return found["losses"]
+    except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, UnpicklingError) as problem:
+        why = (str(problem).splitlines() or [type(problem).__name__])[0]
+        raise ValueError(f"{path}: can't be resumed ({why})") from None
 
 
 def finish(config, weights, folder: Path, tokenizer, losses, checks) -> None:
