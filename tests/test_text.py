@@ -56,12 +56,47 @@ def test_load_and_clean(tmp_path):
         ("b.tsv", b"one\ttwo\nthree", "line 2: expected 2 texts, got 1"),
         ("b.txt", b"one", "line 1: expected 2 texts, got 1"),
         ("b.jsonl", b'{"a": "b", "c": 1}', "line 1: expected 2 texts"),
+        ("b.jsonl", b'{"label": "b", "sentence": "a"}', 'line 1: expected "text" and "label", or'),
+        ("b.jsonl", b'{"id": "7", "text": "a", "label": "b"}', 'line 1: expected "text" and "label", or'),
     ],
 )
 def test_bad_files(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=message):
         corpus.load(tmp_path / name, 2 if name[0] == "b" else 1)
+
+
+def test_lines_end_at_the_newline_alone(tmp_path):
+    """U+2028, U+0085, VT and a lone CR are inside a text; a byte order mark and CRLF are not."""
+    for name, row in (("a.txt", "{}"), ("a.jsonl", '{{"text": "{}"}}')):
+        text = "one\u2028two\u0085three" + ("\x0bfour\rfive" if name == "a.txt" else "")
+        (tmp_path / name).write_bytes(("\ufeff" + row.format(text) + "\r\n" + row.format("six")).encode())
+        assert corpus.load(tmp_path / name) == [(corpus.clean(text),), ("six",)]
+
+
+def test_the_end_marker_is_never_made_by_cleaning():
+    for inside in ("\x00", "\u200b", "\ufeff"):
+        assert corpus.END not in corpus.clean(f"a<|endof{inside}text|>b")
+    assert corpus.clean("e\u200b\u0301") == "\u00e9"
+
+
+def test_columns_have_names(tmp_path, capsys):
+    rows = {
+        (1, ("a",)): '{"id": "7", "text": "a"}',
+        (2, ("a", "b")): '{"label": "b", "text": "a"}\n{"target": "b", "source": "a"}\n{"one": "a", "two": "b"}',
+        (3, ("a", "", "b")): '{"answer": "b", "context": "", "question": "a"}',
+    }
+    for (columns, want), text in rows.items():
+        (tmp_path / "a.jsonl").write_text(text)
+        assert set(corpus.load(tmp_path / "a.jsonl", columns)) == {want}
+    assert capsys.readouterr().err == ""
+    (tmp_path / "a.tsv").write_text("one\ttwo\nthree\t \n\tfour\n\n")
+    assert corpus.load(tmp_path / "a.tsv", 2) == [("one", "two")]
+    assert "2 rows with an empty text are left out" in capsys.readouterr().err
+
+
+def test_a_near_duplicate_whose_own_gram_is_the_rarest_is_found():
+    assert corpus.distinct([("abcdefgh",), ("abcdefghi",)]) == [("abcdefgh",)]  # 4 of 5 grams: 0.8
 
 
 def test_duplicates_go():

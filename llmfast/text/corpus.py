@@ -1,7 +1,9 @@
 """Texts from files: loaded, cleaned, each once, split, tokenised, packed."""
 
 import json
+import math
 import re
+import sys
 import unicodedata
 import zlib
 from pathlib import Path
@@ -9,29 +11,33 @@ from pathlib import Path
 import torch
 
 END = "<|endoftext|>"
+NAMES = {2: (("text", "label"), ("source", "target")), 3: (("question", "context", "answer"),)}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\ufeff]")
 
 
 def load(path, columns: int = 1) -> list[tuple[str, ...]]:
-    """Rows of so many texts, cleaned, none empty.
+    """Rows of so many texts, cleaned, none empty but a question's context.
 
-    A line of .txt is one text; of .tsv, texts between tabs; of .jsonl, an object with "text", or with its texts in
-    the order of the columns. Raises ValueError that names the file and the line.
+    A line of .txt is one text; of .tsv, texts between tabs; of .jsonl, an object with "text", with the NAMES of so many
+    columns, or with as many texts of other names, in order. Raises ValueError that names the file and the line.
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl", ".tsv"):
         raise ValueError(f"{path}: expected .txt, .jsonl or .tsv")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except OSError as problem:
         raise ValueError(f"{path}: {problem.strerror}") from None
     except UnicodeDecodeError as problem:
         raise ValueError(f"{path}: not UTF-8 (byte {problem.start})") from None
     rows = [_row(line, path.suffix, columns, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
-    rows = [row for row in (tuple(map(clean, r)) for r in rows) if all(row)]
-    if not rows:
+    rows = [tuple(map(clean, row)) for row in rows]
+    full = [row for row in rows if all(text or (columns, i) == (3, 1) for i, text in enumerate(row))]
+    if not full:
         raise ValueError(f"{path}: holds no text")
-    return rows
+    if len(full) < len(rows):
+        print(f"{path}: {len(rows) - len(full)} rows with an empty text are left out", file=sys.stderr)
+    return full
 
 
 def _row(line, suffix, columns, where):
@@ -42,7 +48,7 @@ def _row(line, suffix, columns, where):
             raise ValueError(f"{where}: not JSON ({problem})") from None
         if columns == 1 and (not isinstance(found, dict) or not isinstance(found.get("text"), str)):
             raise ValueError(f'{where}: expected an object with a string "text"')
-        row = [found["text"]] if columns == 1 else list(found.values()) if isinstance(found, dict) else []
+        row = [found["text"]] if columns == 1 else _named(found, columns, where) if isinstance(found, dict) else []
     else:
         row = [line] if suffix == ".txt" else line.split("\t")
     if len(row) < columns or not all(isinstance(text, str) for text in row[:columns]):
@@ -50,9 +56,20 @@ def _row(line, suffix, columns, where):
     return row[:columns]
 
 
+def _named(found, columns, where):
+    """The texts of an object by their names, whatever their order; by their order where it has none of these names."""
+    for names in NAMES[columns]:
+        if found.keys() == set(names):
+            return [found[name] for name in names]
+    if len(found) > columns or any(name in found for names in NAMES[columns] for name in names):
+        expected = ", or ".join(" and ".join(f'"{name}"' for name in names) for names in NAMES[columns])
+        raise ValueError(f"{where}: expected {expected}, got {', '.join(found)}")
+    return list(found.values())
+
+
 def clean(text: str) -> str:
     """Unicode NFC, no control characters, the marker of a text's end not among the words."""
-    return CONTROL.sub("", unicodedata.normalize("NFC", text).replace(END, " ")).strip()
+    return unicodedata.normalize("NFC", CONTROL.sub("", text)).replace(END, " ").strip()
 
 
 def chinese(text: str) -> bool:
@@ -72,7 +89,7 @@ def distinct(rows: list[tuple[str, ...]], near: float = 0.8) -> list[tuple[str, 
     for row in first.values():
         plain = re.sub(r"\s+", " ", row[0].casefold())
         grams = {plain[i : i + 5] for i in range(max(1, len(plain) - 4))}
-        allowed = int((1 - near) * len(grams)) + 1  # near alike: one of any so many grams is shared
+        allowed = len(grams) - math.ceil(near * len(grams)) + 1  # near alike: one of any so many grams is shared
         rare = sorted(grams, key=lambda g: len(index.get(g, ())))[:allowed]
         others = {j for g in rare for j in index.get(g, ())}
         if any(len(grams & grams_of[j]) >= near * len(grams | grams_of[j]) for j in others):
