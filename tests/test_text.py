@@ -300,6 +300,19 @@ def test_stream_never_says_half_a_character():
     assert all("\ufffd" not in s for s in said)
 
 
+def test_a_stream_keeps_the_space_before_its_first_word():
+    """SentencePiece's decoder takes the first space of what it is given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<s>", "\u2581one", "\u2581two", "s"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, "<s>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    for before, tokens, want in (([0, 1], [2, 3], " twos"), ([0], [1, 2], "one two"), ([1], [3, 2], "s two")):
+        stream = generation.Stream(tokenizer, before)
+        assert "".join(map(stream.push, tokens)) + stream.end() == want
+
+
 def test_ngram_is_counts_smoothed():
     pieces = [[0, 1, 2, 1, 2], [0, 1, 3]]
     model = NGram(2, 5).fit(pieces)

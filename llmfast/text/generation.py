@@ -177,10 +177,13 @@ def choose(logits, temperature, top_k, top_p, generators) -> list[int]:
 
 
 class Stream:
-    """Text of a growing list of byte-level tokens: what can't change any more, never half a character."""
+    """Text of a growing list of tokens behind `before`: what can't change any more, never half a character.
 
-    def __init__(self, tokenizer):
-        self.tokenizer, self.ids, self.said = tokenizer, [], 0
+    All are decoded together, since SentencePiece's decoder takes the space from the first word of what it is given.
+    """
+
+    def __init__(self, tokenizer, before=()):
+        self.tokenizer, self.ids, self.said = tokenizer, list(before), len(tokenizer.decode(list(before)))
 
     def push(self, token: int) -> str:
         self.ids.append(token)
