@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,52 @@ def test_mistakes_are_one_line(made, capsys, arguments, message):
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_models_own_first_token_is_in_front(made, monkeypatch):
+    seen = []
+    monkeypatch.setattr(generation, "generate", lambda model, ids, *a, **o: seen.append(ids) or [])
+    model, tokenizer = from_pretrained(made / "lm"), corpus.load_tokenizer(made / "lm")
+    for bos, want in ((7, 7), (None, 0), (2**40, 0), ("x", 0)):
+        monkeypatch.setattr(commands.models.checkpoints, "read_json", lambda path, bos=bos: {"bos_token_id": bos})
+        options = dict(stop=[], temperature=0.0, top_k=0, top_p=1.0, seed=0, max_new_tokens=1, model="")
+        commands.stream(types.SimpleNamespace(**options), model, tokenizer, ["abc"])
+        assert seen[-1][0][0] == want
+
+
+def test_text_is_cleaned_as_a_file_is(made, capsys, tmp_path):
+    said = []
+    for text in ("abc e\u0301\u200b", "abc \u00e9", " abc \u00e9 "):
+        code, out, _ = run(capsys, "classify", "--model", made / "classify", "--text", text)
+        said.append(out.split("\t")[:2])
+        assert code == 0
+        p = run(capsys, "translate", "--model", made / "translate", "--text", text, "--beams", 1)
+        said[-1].append(p)
+    assert said[0] == said[1] == said[2]
+    for command in ("classify", "translate"):
+        code, _, err = run(capsys, command, "--model", made / command, "--text", "\u200b ")
+        assert (code, err) == (2, f"llmfast {command}: --text: holds no text\n")
+
+
+def test_marks_are_taken_in_batches(tokenizer, monkeypatch):
+    rows = [("ab" * (i % 9 + 1) * 10, "xy"[i % 2]) for i in range(200)]
+    task, sizes = tasks.Classification(rows), []
+    torch.manual_seed(0)
+    model = sharp(
+        Transformer(Config(300, dim=32, layers=1, heads=2, max_length=256, kind="encoder", labels=("x", "y")))
+    )
+    right = [label == "xy"[p] for (_, label), p in zip(rows, _picked(task, model, rows, tokenizer), strict=True)]
+    logits = task.logits
+    monkeypatch.setattr(task, "logits", lambda m, batch: sizes.append(sum(map(len, batch))) or logits(m, batch))
+    assert task.measure(model, tokenizer, rows)["accuracy"] == pytest.approx(sum(right) / len(rows))
+    assert len(sizes) > 1
+    assert max(sizes) <= 8192
+
+
+def _picked(task, model, rows, tokenizer):
+    with torch.inference_mode():
+        examples = task.examples(rows, tokenizer, 256)
+        return [int(task.logits(model, [ids]).argmax()) for ids, _ in examples]
 
 
 def test_chat_needs_utf8(made, capsys, monkeypatch):

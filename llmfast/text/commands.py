@@ -201,11 +201,19 @@ def ends(folder, tokenizer, stop) -> tuple[int, ...]:
     return tuple(own)
 
 
+def beginning(folder, model, tokenizer) -> list[int]:
+    """What stands before a text: the model's bos_token_id, or the token of a text's end where it has one."""
+    own = models.checkpoints.read_json(Path(folder) / "config.json").get("bos_token_id")
+    if not isinstance(own, int) or not 0 <= own < model.config.vocab_size:
+        own = tokenizer.token_to_id(corpus.END)
+    return [] if own is None else [own]
+
+
 def stream(a, model, tokenizer, prompts: list[str], show=None, until=()) -> list[str]:
     """What follows each prompt; show is called with each new piece of the first. A text in `until` ends it, unsaid."""
-    stop, start = ends(a.model, tokenizer, a.stop), tokenizer.token_to_id(corpus.END)
-    ids = [([] if start is None else [start]) + tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
-    streams, texts = [generation.Stream(tokenizer) for _ in prompts], [""] * len(prompts)
+    stop, start = ends(a.model, tokenizer, a.stop), beginning(a.model, model, tokenizer)
+    ids = [start + tokenizer.encode(p, add_special_tokens=False).ids for p in prompts]
+    streams, texts = [generation.Stream(tokenizer, before) for before in ids], [""] * len(prompts)
     options = dict(temperature=a.temperature, top_k=a.top_k, top_p=a.top_p, stop=stop, seed=a.seed)
     for tokens in generation.generate(model, ids, a.max_new_tokens, **options):
         for b, token in enumerate(tokens):
@@ -235,6 +243,9 @@ def generate(a) -> None:
 def texts_or_data(a):
     if bool(a.text) == bool(a.data):
         raise ValueError("expected --text or --data")
+    a.clean = [corpus.clean(text) for text in a.text]
+    if not all(a.clean):
+        raise ValueError("--text: holds no text")
 
 
 def classify(a) -> None:
@@ -244,10 +255,12 @@ def classify(a) -> None:
         rows = corpus.load(a.data, 2)
         print(f"{marks(task.measure(model, tokenizer, rows))} on {len(rows)} rows")
         return
-    batch = [ids for ids, _ in task.examples([(t, task.labels[0]) for t in a.text], tokenizer, model.config.max_length)]
+    batch = [
+        ids for ids, _ in task.examples([(t, task.labels[0]) for t in a.clean], tokenizer, model.config.max_length)
+    ]
     with torch.inference_mode():
         p, at = task.logits(model, batch).softmax(-1).max(-1)
-    for text, label, certain in zip(a.text, at.tolist(), p.tolist(), strict=True):
+    for text, label, certain in zip(a.clean, at.tolist(), p.tolist(), strict=True):
         print(f"{task.labels[label]}\t{certain:.2f}\t{text}")
 
 
@@ -255,7 +268,7 @@ def translate(a) -> None:
     model, tokenizer, _ = load(a, "translate")
     texts_or_data(a)
     if not a.data:
-        print("\n".join(generation.translate(model, tokenizer, a.text, a.beams)))
+        print("\n".join(generation.translate(model, tokenizer, a.clean, a.beams)))
         return
     rows = corpus.load(a.data, 2) if a.held_out is None else halves(a.data, a.held_out, 2)[-1]
     said = generation.translate(model, tokenizer, [r[0] for r in rows], a.beams)
@@ -280,7 +293,7 @@ def answer(a) -> None:
             if corpus.chinese(r[0]) == corpus.chinese(a.question) and r[0] != a.question
         ]
         shown = [question(*r) for r in rows[: a.shots]]
-    prompt = "\n".join([*shown, question(a.question, a.context)])
+    prompt = "\n".join([*shown, question(corpus.clean(a.question), corpus.clean(a.context))])
     print(stream(a, model, tokenizer, [prompt], until=("\n",))[0].strip())
 
 
@@ -364,7 +377,7 @@ def attention_map(a) -> None:
     model, tokenizer, _ = load(a)
     if model.config.kind == "encoder-decoder":
         raise ValueError(f"{a.model}: was made for translate; attention-map needs a decoder or an encoder alone")
-    ids = tokenizer.encode(a.text).ids
+    ids = tokenizer.encode(corpus.clean(a.text)).ids
     if not ids:
         raise ValueError("--text: holds no token")
     if a.rows and (bad := [r for r in a.rows if not 0 <= r < len(ids)]):

@@ -85,7 +85,8 @@ class Classification(LanguageModel):
 
         examples = self.examples(rows, tokenizer, model.config.max_length)
         with torch.inference_mode():
-            got = self.logits(model, [ids for ids, _ in examples]).argmax(-1).cpu()
+            batches = ([ids for ids, _ in batch] for batch in corpus.in_order(examples, 8192, self.size))
+            got = torch.cat([self.logits(model, batch).argmax(-1).cpu() for batch in batches])
         want, n = torch.tensor([label for _, label in examples]), len(self.labels)
         macro = dict(precision=multiclass_precision, recall=multiclass_recall, F1=multiclass_f1_score)
         found = {"accuracy": multiclass_accuracy(got, want, n, average="micro")}
