@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,6 +407,12 @@ def test_only_the_same_run_goes_on(tmp_path, capsys):
         assert {p.name: p.read_bytes() for p in out.iterdir()} == files
     code, again, err = go("a", "--resume")
     assert (code, again.splitlines()[-1]) == (0, first.splitlines()[-1]), err
+    shutil.copytree(out, tmp_path / "foreign")
+    (tmp_path / "foreign" / "training.pt").unlink()
+    for how in ("--resume", "--overwrite"):
+        code, _, err = go("a", "--out", tmp_path / "foreign", how)
+        assert code == 2
+        assert "holds a model that train didn't make" in err
     code, _, err = go("b", "--overwrite")
     assert code == 0, err
     assert (out / "tokenizer.json").read_bytes() != files["tokenizer.json"]

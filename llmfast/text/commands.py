@@ -145,7 +145,7 @@ def train_here(a) -> None:
     if not (a.resume or a.overwrite) and (out / "training.pt").exists():
         raise ValueError(f"{out}: holds a run of train; --resume goes on, --overwrite begins anew")
     rows, validation, held_out = halves(a.data, a.held_out, Task.columns)
-    if not a.resume and (out / "config.json").exists() and not (out / "training.pt").exists():
+    if (out / "config.json").exists() and not (out / "training.pt").exists():
         raise ValueError(f"{out}: holds a model that train didn't make; give another --out")
     if not a.patience:
         rows, validation = rows + validation, []
