@@ -268,6 +268,8 @@ def test_commands(made, capsys, monkeypatch):
         (["generate", "--model", "translate", "--prompt", "a"], "was made for translate"),
         (["classify", "--model", "classify"], "expected --text or --data"),
         (["attention-map", "--model", "translate", "--text", "a"], "was made for translate"),
+        (["generate", "--model", "lm", "--prompt", "caf\udce9"], "--prompt: not UTF-8"),
+        (["classify", "--model", "classify", "--text", "caf\udce9"], "--text: not UTF-8"),
         (["answer", "--model", "lm", "--question", "a", "--examples", "nowhere.jsonl"], "No such file"),
     ],
 )

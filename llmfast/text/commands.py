@@ -91,6 +91,10 @@ def main(chosen) -> int:
             raise ValueError(
                 f"--device {chosen.device}: expected cpu" + (" or cuda" if gpu else "; torch finds no GPU")
             )
+        for name in ("prompt", "text", "question", "context", "stop"):
+            given = getattr(chosen, name, None) or []
+            if any("\udc80" <= c <= "\udcff" for c in "".join(given)):
+                raise ValueError(f"--{name}: not UTF-8")
         chosen.run(chosen)
     except (ValueError, OSError, ModuleNotFoundError) as problem:
         print(f"llmfast {chosen.command}: {problem}", file=sys.stderr)
