@@ -88,9 +88,9 @@ def test_what_inspect_says():
     """Names without mangling; the shared memory that a launch asks for; threads."""
     found = jobs.result(compiled, "softmax", "sm_90").values()
     told = {c.problem: c for c in found}
-    assert told["softmax_rows<bf16, 256, 32, true>"][5:7] == (256, 8)
-    assert told["softmax_rows<float, 32, 8, false>"][5:7] == (0, 4)
-    assert told["softmax_bwd_cluster_rows<half>"][5:7] == (512 + 65536, 32)
+    assert told["softmax_rows<bf16, 256, 32, true>"][6:8] == (256, 8)
+    assert told["softmax_rows<float, 32, 8, false>"][6:8] == (0, 4)
+    assert told["softmax_bwd_cluster_rows<half>"][6:8] == (512 + 65536, 32)
     assert told["softmax_long_rows<float, false>"].kernel == "softmax_long_rows"
     assert set(inspect_cuda.files("softmax_bwd")) == {"cross_entropy", "softmax"}
     assert inspect_cuda.files("decode") == ["attention_decode"]

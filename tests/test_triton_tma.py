@@ -13,7 +13,7 @@ TAKEN = [
     name
     for name, c in cases.CASES.items()
     if not c.options.keys() & ELSEWHERE
-    and c.options.get("layout") != "strided"
+    and c.options.get("layout") not in ("strided", "turned")
     and c.options.get("scale", 1) > 0
     and not (c.D % 8 or c.Dv % 8)
     and c.B * c.Nq * c.Nk > 0
