@@ -52,8 +52,8 @@ def attention(
     Returns:
         o (B, H, Nq, Dv) in q's dtype, its dimensions in memory in q's order; with return_lse also lse (B, H, Nq), the
         natural log of each row's denominator, float32 (float64 for float64), differentiable. A row that sees no key
-        gives o = 0, lse = -inf and zero gradients. Hidden keys may hold anything finite; a NaN or inf in v spoils
-        rows that don't see it too, as 0 * NaN is NaN.
+        gives o = 0, lse = -inf and zero gradients. Hidden keys may hold anything finite; a NaN or inf in v may
+        spoil rows that don't see it, as 0 * NaN is NaN.
 
     Raises:
         TypeError, ValueError: a wrong type; shapes, dtypes, devices or options that contradict each other.

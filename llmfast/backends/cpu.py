@@ -90,11 +90,11 @@ class _CrossEntropy(_Recorded):
     @staticmethod
     def backward(ctx, dloss):
         *spec, divisor, inplace = ctx.numbers
-        x, target, lse = ctx.saved_tensors
         if (found := _short_way(ctx, dloss, _cpu.cross_entropy_gradient)) is not None:
             if inplace:
-                ops.written(x)
+                ops.written(ctx.saved_tensors[0])
             return found
+        x, target, lse = ctx.saved_tensors
         if dloss.dim() == 0:
             dloss = (dloss / divisor).expand(x.shape[0])
         spec = CrossEntropySpec(*spec)
