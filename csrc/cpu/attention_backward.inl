@@ -157,10 +157,10 @@ void run(const AttentionBackward& a) {
   int64_t most = 1;
   for (int64_t b = 0; b < B; b++) most = max(most, chunks(sequence(a.q, a.k, e, b).Nk));
   // Chunks of few sequences go to threads of their own, two for each thread at a time: slot 0 holds the sum so far. Two
-  // slots are what a task that goes through all chunks takes as well.
+  // slots are what a task that goes through all chunks takes as well; of three, two chunks are on their way.
   const int64_t part = max<int64_t>(a.q.size[0] * H * Nq * W, 16), threads = omp_get_max_threads(),
                 units = unit_b * unit_h;
-  const int64_t slots = max<int64_t>(2, min(min(most, 2 * threads), kSlotBytes / (part * int64_t(sizeof(C)))));
+  const int64_t slots = max<int64_t>(3, min(min(most, 2 * threads), kSlotBytes / (part * int64_t(sizeof(C)))));
   const bool wanted = most > 1 && units < threads && !(a.dbias && a.dbias.size[3] == 1);
   C* const parts = wanted ? static_cast<C*>(aligned_alloc(64, slots * part * sizeof(C))) : nullptr;
   const bool split = parts != nullptr;
